@@ -1,0 +1,326 @@
+"""Recipes: flat YAML in, a frozen dataclass out, nothing silently ignored.
+
+Owns how a verb gets its settings. The keys are those of TrainingArguments, TRL and PEFT; ours are the rest.
+
+    config = load(PretrainConfig, ["recipes/toy/pretrain.yaml", "--max_steps", "10", "seed=1"])
+
+The command line wins over the recipe. Leaves out what a value means: the verb that uses it checks that.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: printed as one line, exit code 2, no traceback."""
+
+
+# keys that older versions of transformers and TRL used -> what to write today
+RENAMED = {
+    "torch_dtype": "bf16: true|false (training) or dtype (loading)",
+    "warmup_ratio": "warmup_steps (a number below 1 is a share of all steps)",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "seq_len": "max_length",
+    "block_size": "max_length",
+    "evaluation_strategy": "eval_steps",
+    "eval_strategy": "eval_steps (null evaluates at the end only)",
+    "save_strategy": "save_steps (null saves at the end only)",
+    "logging_strategy": "logging_steps",
+    "overwrite_output_dir": "output_dir (a run is never overwritten: choose another folder or remove it)",
+    "no_cuda": "use_cpu",
+    "gradient_checkpointing": "activation_checkpointing",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "per_device_batch_size": "per_device_train_batch_size",
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "logging_dir": "output_dir (metrics.jsonl lies there)",
+    "packing": "packing_strategy",
+    "tokenizer": "tokenizer_name",
+    "tokenizer_name_or_path": "tokenizer_name",
+    "dataset_name": "datasets (a list of {path, name, split, data_files})",
+    "load_in_4bit": "`llmkit quantize` after training",
+}
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with its help line; mutable defaults are copied."""
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """Train a causal LM: ours, any `model_type` from a config, or an existing checkpoint (full or LoRA)."""
+
+    output_dir: str = option("", "run folder; must not hold another run")
+    # model
+    model_type: str = option("llmkit", "architecture to build from scratch: llmkit, qwen3, gpt2, ...")
+    config_overrides: dict = option({}, "fields of that architecture's config, e.g. {hidden_size: 128}")
+    model_name_or_path: str | None = option(None, "continue from this folder or Hub id instead of starting afresh")
+    attn_implementation: str | None = option(None, "eager, sdpa, flash_attention_2, flex_attention; null: the default")
+    trust_remote_code: bool = option(False, "run the code that comes with model_name_or_path")
+    use_peft: bool = option(False, "train a LoRA adapter; model/ then holds the merged weights, adapter/ the adapter")
+    lora_r: int = option(16, "LoRA rank")
+    lora_alpha: int = option(32, "LoRA scale: the update is multiplied by lora_alpha / lora_r")
+    lora_dropout: float = option(0.05, "dropout on the LoRA input")
+    lora_target_modules: str | list = option("all-linear", "modules that get an adapter")
+    # tokenizer
+    tokenizer_name: str | None = option(None, "folder or Hub id; null: the model's own, or train one on the data")
+    tokenizer_type: Literal["bpe", "char"] = option("bpe", "what to train: byte-level BPE, or one id per character")
+    vocab_size: int = option(1024, "ids of the BPE to train, special tokens included")
+    # data
+    datasets: list = option([], "training data: list of {path, name, split, data_files, columns, sample_by, fraction}")
+    eval_datasets: list = option([], "validation shards: the same, each with a shard name `shard`")
+    data_dir: str = option(".", "folder that relative data_files start from")
+    store_dir: str | None = option(None, "folder of the token stores; null: `data` beside output_dir")
+    max_length: int = option(256, "tokens in a row: the context trained on")
+    packing_strategy: Literal["bos_bestfit", "contiguous"] = option(
+        "bos_bestfit", "bos_bestfit: whole documents, each after a BOS; contiguous: one long stream, cut into rows"
+    )
+    document_isolation: bool = option(True, "bos_bestfit: attention stays inside a document")
+    # optimisation
+    max_steps: int = option(0, "optimiser steps; 0: num_train_epochs decide")
+    num_train_epochs: float = option(1.0, "passes over the rows when max_steps is 0")
+    per_device_train_batch_size: int = option(16, "rows per process and forward pass")
+    gradient_accumulation_steps: int = option(1, "forward passes per step; exact: divides by the tokens of all of them")
+    optim: Literal["adamw_torch", "adamw_torch_fused", "muon"] = option(
+        "adamw_torch_fused", "muon: Muon for the matrices inside the layers, AdamW for the rest"
+    )
+    learning_rate: float = option(3e-3, "peak rate of AdamW")
+    muon_learning_rate: float = option(0.02, "peak rate of Muon")
+    muon_momentum: float = option(0.95, "Nesterov momentum of Muon")
+    weight_decay: float = option(0.1, "decoupled decay of matrices and embeddings; norms and biases get none")
+    adam_beta1: float = option(0.9, "AdamW beta1")
+    adam_beta2: float = option(0.95, "AdamW beta2")
+    adam_epsilon: float = option(1e-8, "AdamW epsilon")
+    max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: never")
+    lr_scheduler_type: Literal["warmup_stable_decay", "cosine", "linear", "constant"] = option(
+        "warmup_stable_decay", "shape of the learning rate after warm-up"
+    )
+    lr_scheduler_kwargs: dict = option(
+        {}, "num_decay_steps (warmup_stable_decay; below 1 a share of all steps, default 0.2), min_lr_ratio (default 0)"
+    )
+    warmup_steps: float = option(0.02, "steps of linear warm-up; below 1 a share of all steps")
+    bf16: bool | None = option(None, "bfloat16 autocast; null: where the GPU has it")
+    torch_compile: bool = option(False, "compile the model")
+    activation_checkpointing: bool = option(False, "recompute activations in backward: less memory, a third more time")
+    seed: int = option(0, "seed of the weights, of dropout and of sampling")
+    data_seed: int | None = option(None, "seed of the row order; null: the same as seed")
+    use_cpu: bool = option(False, "stay on the CPU even where there is an accelerator")
+    # what is seen on the way
+    logging_steps: int = option(10, "steps between lines of metrics.jsonl")
+    eval_steps: int | None = option(None, "steps between evaluations on every shard; null: at the end only")
+    eval_on_start: bool = option(False, "evaluate before the first step too")
+    per_device_eval_batch_size: int = option(32, "rows per forward pass of an evaluation")
+    ngram_order: int | None = option(None, "also score a count model with this many tokens of context on every shard")
+    save_steps: int | None = option(None, "steps between checkpoints; null: at the end only")
+    save_total_limit: int | None = option(None, "checkpoints kept; the oldest goes first")
+    sample_prompts: list = option([""], "continued at every evaluation, shown and kept in metrics.jsonl")
+    sample_max_new_tokens: int = option(64, "length of those samples")
+    report_to: Literal["none", "trackio"] = option("none", "also log there")
+    project: str = option("llmkit", "Trackio project")
+    run_name: str | None = option(None, "Trackio run; null: the name of output_dir")
+    # start
+    accelerate_config: str | None = option(None, "relaunch under accelerate with this config: a name or a path")
+    num_processes: int | None = option(None, "relaunch under accelerate with so many processes")
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """Continue a prompt; the text streams as it is written."""
+
+    model_name_or_path: str = option("", "run folder, model folder or Hub id")
+    prompt: str = option("", "text to continue; empty: start a document")
+    max_new_tokens: int = option(128, "longest continuation")
+    temperature: float = option(1.0, "0: greedy")
+    top_k: int | None = option(None, "sample among the k likeliest tokens only")
+    top_p: float | None = option(None, "sample among the likeliest tokens of this total probability")
+    seed: int = option(0, "the same seed writes the same text on the same machine")
+    trust_remote_code: bool = option(False, "run the code that comes with the model")
+    use_cpu: bool = option(False, "stay on the CPU even where there is an accelerator")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Write a trained model as a stock transformers folder that needs no code of ours."""
+
+    model_name_or_path: str = option("", "run folder or model folder")
+    to: str = option("qwen3", "qwen3, or llama for a model without QK-norm")
+    output_dir: str = option("", "folder to write; must not exist")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-3 as a number and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise UserError(f"key {key_node.value!r} is given twice (line {key_node.start_mark.line + 1}); keep one")
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+T = TypeVar("T")
+
+
+def read_recipe(path: Path) -> dict:
+    """The keys of a recipe; raises UserError naming file and line when it is not flat YAML."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe; `ls recipes/*/` lists the ones that come with llmkit") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); expected a YAML recipe") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}:{where} is not valid YAML ({getattr(error, 'problem', error)}); mend that line") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds {type(values).__name__}, expected `key: value` lines")
+    return values
+
+
+def _allowed(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " | ".join(typing.get_args(hint))
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return " | ".join(_allowed(arg) for arg in typing.get_args(hint))
+    return "null" if hint is type(None) else hint.__name__
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, arg) for arg in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+
+
+def _unknown(key: str, known: list[str], verb: str) -> str:
+    if key in RENAMED:
+        return f"key {key!r} is not used any more; write {RENAMED[key]}"
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"nearest: {near[0]!r}" if near else f"`llmkit help {verb}` lists all keys"
+    try:  # only on the way to an error: seconds of import
+        from transformers import TrainingArguments
+
+        if key in {field.name for field in dataclasses.fields(TrainingArguments)}:
+            return f"key {key!r} is one of TrainingArguments that `llmkit {verb}` does not implement; remove it ({hint})"
+    except ImportError:
+        pass
+    return f"unknown key {key!r}; {hint}"
+
+
+def parse_args(argv: list[str]) -> tuple[Path | None, dict[str, str]]:
+    """Splits the words after the verb into a recipe and raw overrides: `--key value`, `--key=value`, `key=value`."""
+    recipe: str | None = None
+    raw: dict[str, str] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            if not equals:
+                has_value = bool(words) and not words[0].startswith("--")
+                value = words.pop(0) if has_value else "true"
+        elif "=" in word and not word.endswith((".yaml", ".yml")):
+            key, _, value = word.partition("=")
+        elif recipe is None:
+            recipe = word
+            continue
+        else:
+            raise UserError(f"unexpected word {word!r} after {recipe!r}; write options as --key value")
+        key = key.replace("-", "_")
+        if key == "config":
+            if recipe is not None:
+                raise UserError(f"two recipes, {recipe!r} and {value!r}; give one")
+            recipe = value
+        elif key in raw:
+            raise UserError(f"--{key} is given twice; keep one")
+        else:
+            raw[key] = value
+    return (Path(recipe) if recipe else None), raw
+
+
+def _set_nested(values: dict, path: list[str], value: Any, key: str) -> None:
+    """`config_overrides.hidden_size=64` and `datasets.0.path=x` reach into a mapping or a list."""
+    target: Any = values
+    for name, deeper in zip(path, [*path[1:], None], strict=True):
+        index: Any = int(name) if isinstance(target, list) and name.isdigit() else name
+        if isinstance(target, list) and (not isinstance(index, int) or index >= len(target)):
+            raise UserError(f"--{key}: {name!r} is no item of a list of {len(target)}; count from 0")
+        if deeper is None:
+            target[index] = value
+        else:
+            if isinstance(target, dict):
+                target.setdefault(index, {})
+            target = target[index]
+            if not isinstance(target, (dict, list)):
+                raise UserError(f"--{key}: {name!r} holds {target!r}, which has no part {deeper!r}")
+
+
+def load(cls: type[T], argv: list[str], verb: str = "pretrain") -> T:
+    """The verb's config from a recipe and the command line; raises UserError for anything unknown or of a wrong type."""
+    recipe, raw = parse_args(argv)
+    values = read_recipe(recipe) if recipe else {}
+    origin = dict.fromkeys(values, str(recipe))
+    hints = typing.get_type_hints(cls)
+    for key, text in raw.items():
+        head, *rest = key.split(".")
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError:
+            value = text
+        if rest:
+            values.setdefault(head, {})
+            _set_nested(values, [head, *rest], value, key)
+        else:  # a prompt "123" or "yes" stays text where the key takes text
+            values[head] = text if head in hints and not _fits(value, hints[head]) and _fits(text, hints[head]) else value
+        origin[head] = f"--{key}"
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(f"{origin[key]}: {_unknown(str(key), list(hints), verb)}")
+        if not _fits(value, hints[key]):
+            raise UserError(
+                f"{origin[key]}: {key}={value!r} is {type(value).__name__}; allowed: {_allowed(hints[key])}"
+            )
+        if isinstance(value, int) and _fits(value, float) and hints[key] is float:
+            values[key] = float(value)
+    return cls(**values)
+
+
+def dump(config: Any) -> str:
+    """The config as a recipe that runs again as it is; keys in the order of the dataclass."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=110)
+
+
+def describe(cls: type) -> str:
+    """One line per key: name, allowed values, default, meaning."""
+    hints = typing.get_type_hints(cls)
+    fields = [(f, _allowed(hints[f.name])) for f in dataclasses.fields(cls)]
+    lines = []
+    for field, allowed in fields:
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        shown = "required" if default == "" else yaml.safe_dump(default, default_flow_style=True).split("\n")[0]
+        lines.append(f"  {field.name:<28} {field.metadata['help']}\n  {'':<28} [{allowed}; default {shown}]")
+    return "\n".join(lines)

@@ -1,0 +1,243 @@
+"""The token store: what a corpus looks like after tokenising, and its row plan.
+
+Owns `<name>.ds`, `.ds.index`, `.ds.metadata`: the files of datatrove's DocumentTokenizer, so a corpus tokenised on a
+cluster loads here unchanged, plus `manifest.json` and, where the source knows it, `<name>.ds.logprob`.
+
+    store = build_store(docs, tokenizer, folder);  store = open_store(folder, tokenizer)
+
+Ids are little-endian uint16 (uint32 above 65,536 ids), documents one after the other, each ended by EOS and none opened
+by BOS; the index is the cumulative end of each document as uint64. A store is written beside and renamed.
+Leaves out cleaning and deduplication.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from ..config import UserError
+from .sources import Doc
+from .tokenizer import fingerprint
+
+NAME = "tokens.ds"
+
+
+@dataclass(frozen=True)
+class Store:
+    """A tokenised corpus on disk, memory-mapped."""
+
+    folder: Path
+    tokens: NDArray  # (num_tokens,) uint16 or uint32
+    ends: NDArray[np.uint64]  # (num_docs,) index after each document's EOS
+    manifest: dict
+    log_probs: NDArray[np.float64] | None  # (num_docs,) nats per document, where known
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        return np.concatenate(([0], self.ends[:-1])).astype(np.int64)
+
+    @property
+    def entropy(self) -> float | None:
+        """True nats per token, EOS included; None where the source does not know."""
+        return None if self.log_probs is None else float(-np.sum(self.log_probs) / self.num_tokens)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest["fingerprint"]
+
+
+def _batched(docs: Iterable[Doc], size: int) -> Iterator[list[Doc]]:
+    iterator = iter(docs)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Ids of the text alone: no BOS, no EOS, and special-token strings in the text are not control tokens."""
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True)["input_ids"]
+
+
+def build_store(
+    docs: Iterable[Doc],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    source_hash: str,
+    where: str,
+    on_progress: Callable[[int], None] = lambda num_docs: None,
+) -> Store:
+    """Tokenises documents into `folder`. Raises UserError when there is no text, or when an id is <unk>."""
+    dtype = np.dtype("<u2" if len(tokenizer) <= 65536 else "<u4")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    ends: list[int] = []
+    log_probs: list[float | None] = []
+    num_tokens = num_bytes = num_empty = 0
+    with (partial / NAME).open("wb") as file:
+        for batch in _batched(docs, 1024):
+            kept = [doc for doc in batch if doc.text]
+            num_empty += len(batch) - len(kept)
+            if not kept:
+                continue
+            for doc, ids in zip(kept, _encode(tokenizer, [doc.text for doc in kept]), strict=True):
+                if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+                    raise _unknown_character(doc.text, tokenizer, where)
+                num_tokens += len(ids) + 1
+                num_bytes += len(doc.text.encode("utf-8", "surrogatepass"))
+                ends.append(num_tokens)
+                log_probs.append(doc.log_prob)
+                file.write(np.asarray([*ids, tokenizer.eos_token_id], dtype).tobytes())
+            on_progress(len(kept))
+    if not ends:
+        shutil.rmtree(partial)
+        raise UserError(f"{where}: no text in it ({num_empty} empty documents); point at a file or split that has some")
+    np.asarray(ends, "<u8").tofile(partial / f"{NAME}.index")
+    if all(p is not None for p in log_probs):
+        np.asarray(log_probs, "<f8").tofile(partial / f"{NAME}.logprob")
+    name = tokenizer.name_or_path or "llmkit"
+    (partial / f"{NAME}.metadata").write_text(f"{Path(name).name}|{dtype.itemsize}\n{num_tokens}\n{num_tokens / 1e6:.3f} MT")
+    manifest = {
+        "source": where,
+        "fingerprint": source_hash,
+        "tokenizer": fingerprint(tokenizer),
+        "num_documents": len(ends),
+        "num_tokens": num_tokens,
+        "num_bytes": num_bytes,
+        "num_empty_documents_skipped": num_empty,
+    }
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(partial, folder)
+    return open_store(folder, tokenizer)
+
+
+def _unknown_character(text: str, tokenizer: PreTrainedTokenizerBase, where: str) -> UserError:
+    known = set(tokenizer.get_vocab())
+    position, char = next(((i, c) for i, c in enumerate(text) if c not in known), (0, text[0]))
+    return UserError(
+        f"{where}: character {char!r} at position {position} is not in the tokenizer; "
+        "train it on text that has it, or use tokenizer_type: bpe"
+    )
+
+
+def open_store(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Store:
+    """A store written here or by datatrove. Raises UserError when it is cut short or made by another tokenizer."""
+    names = sorted(folder.glob("*.ds"))
+    if len(names) != 1:
+        raise UserError(f"{folder}: holds {len(names)} token files, expected one `.ds`; merge them with datatrove first")
+    path = names[0]
+    try:
+        header, count = Path(f"{path}.metadata").read_text().splitlines()[:2]
+        ends = np.fromfile(f"{path}.index", "<u8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: .index or .metadata cannot be read ({error}); tokenise the corpus again") from None
+    tokens = np.memmap(path, np.dtype(f"<u{header.rsplit('|', 1)[-1]}"), mode="r")
+    if not len(ends) or ends[-1] != len(tokens) or int(count) != len(tokens):
+        raise UserError(f"{path}: holds {len(tokens)} tokens, its index says {int(ends[-1]) if len(ends) else 0}; tokenise again")
+    manifest_path = folder / "manifest.json"
+    manifest = json.loads(manifest_path.read_text()) if manifest_path.exists() else {"fingerprint": _hash(path), "num_bytes": None}
+    if manifest.get("tokenizer", fingerprint(tokenizer)) != fingerprint(tokenizer):
+        raise UserError(f"{folder}: was made by another tokenizer; tokenise the corpus again or set its tokenizer_name")
+    log_probs = np.fromfile(f"{path}.logprob", "<f8") if Path(f"{path}.logprob").exists() else None
+    store = Store(folder, tokens, ends, manifest, log_probs)
+    _check_sample(store, tokenizer)
+    return store
+
+
+def _hash(path: Path) -> str:
+    import hashlib
+
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_sample(store: Store, tokenizer: PreTrainedTokenizerBase, num_docs: int = 4) -> None:
+    """Decodes a few documents and tokenises them again: another tokenizer or a changed one gives other ids."""
+    for i in range(min(num_docs, len(store.ends))):
+        ids = store.tokens[store.starts[i] : int(store.ends[i])][:2000].tolist()
+        if max(ids) >= len(tokenizer):
+            raise UserError(f"{store.folder}: document {i} has id {max(ids)}, the tokenizer only {len(tokenizer)}; wrong tokenizer_name")
+        body = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+        whole = ids[-1] == tokenizer.eos_token_id
+        again = _encode(tokenizer, [tokenizer.decode(body)])[0]
+        if whole and body and again != body:
+            raise UserError(f"{store.folder}: document {i} tokenises to other ids now; tokenise again or set its tokenizer_name")
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Which pieces of a store make up which row: row r is pieces[rows[r] : rows[r + 1]], each (start, length, document)."""
+
+    pieces: NDArray[np.int64]  # (num_pieces, 3) first token in the store, number of tokens, document
+    rows: NDArray[np.int64]  # (num_rows + 1,)
+    num_restarts: int  # pieces that continue a document longer than a row
+    capacity: int  # places in a row: context + 1, since the last one is only predicted
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows) - 1
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the places that hold a token of the corpus or the BOS that opens it."""
+        used = self.pieces[:, 1].sum() + len(self.pieces)
+        return float(used / (self.num_rows * self.capacity))
+
+
+def plan_rows(store: Store, context: int) -> RowPlan:
+    """Best-fit packing of whole documents into rows of `context` + 1 places; written once beside the store.
+
+    Longest first; each row is filled with the longest piece that still fits. A document longer than a row is cut into
+    pieces that each open with their own BOS (`num_restarts`). No token is dropped. Costs about 3 s per million documents.
+    """
+    path = store.folder / f"rows-{context}.npz"
+    capacity = context + 1
+    if path.exists():
+        saved = np.load(path)
+        return RowPlan(saved["pieces"], saved["rows"], int(saved["num_restarts"]), capacity)
+    lengths = store.ends.astype(np.int64) - store.starts
+    num_pieces = -(-lengths // context)  # a piece holds at most `context` tokens, its BOS takes the other place
+    document = np.repeat(np.arange(len(lengths)), num_pieces)
+    nth = np.arange(len(document)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
+    start = store.starts[document] + nth * context
+    length = np.minimum(context, store.ends.astype(np.int64)[document] - start)
+    order, rows = _best_fit(length + 1, capacity)
+    plan = RowPlan(np.stack([start, length, document], 1)[order], rows, int((nth > 0).sum()), capacity)
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, pieces=plan.pieces, rows=plan.rows, num_restarts=plan.num_restarts)
+    os.replace(partial, path)
+    return plan
+
+
+def _best_fit(sizes: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Order of the items and the row boundaries (num_rows + 1,) of best-fit-decreasing packing; O(n log capacity)."""
+    import bisect
+
+    by_size: dict[int, list[int]] = {}
+    for i in np.argsort(sizes, kind="stable")[::-1].tolist():
+        by_size.setdefault(int(sizes[i]), []).append(i)  # popped from the end: corpus order within a size
+    present = sorted(by_size)
+    order: list[int] = []
+    rows = [0]
+    while present:
+        room = capacity
+        while (at := bisect.bisect_right(present, room)) > 0:
+            size = present[at - 1]
+            order.append(by_size[size].pop())
+            room -= size
+            if not by_size[size]:
+                present.pop(at - 1)
+        rows.append(len(order))
+    return np.asarray(order), np.asarray(rows)

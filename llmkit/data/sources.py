@@ -1,0 +1,223 @@
+"""Where text comes from: builtin/toyworld, local files, Hub data sets.
+
+Owns reading. Every source yields documents (text, log-probability or None); nothing is cleaned, dropped or changed.
+
+    for doc in documents(Source(path="text", data_files="tiny_shakespeare.txt", split="train[:90%]"), data_dir=Path(".")): ...
+
+A text file is one document unless `sample_by: line` or `paragraph` says otherwise; a percentage split of one document
+counts its characters. No silent fallback: what cannot be reached is an error that says how to point at a local copy.
+"""
+
+import dataclasses
+import glob
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..config import UserError
+from . import toyworld
+
+SUFFIXES = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+BUILDERS = tuple(dict.fromkeys(SUFFIXES.values()))
+
+
+class Doc(NamedTuple):
+    text: str
+    log_prob: float | None  # nats, where the source knows it
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One entry of `datasets:` or `eval_datasets:`; the names are those of TRL's DatasetConfig, plus three of ours."""
+
+    path: str
+    name: str | None = None
+    data_files: str | list | None = None
+    split: str = "train"
+    columns: list | None = None  # the one text column; default `text`
+    fraction: float | None = None  # share of the packed rows in a mixture
+    sample_by: str = "document"  # text files: document | paragraph | line, as in `datasets`
+    streaming: bool = False  # Hub: do not download the whole set first
+    shard: str | None = None  # the name of a validation shard in reports
+
+
+def parse_sources(entries: list, key: str) -> list[Source]:
+    """The entries of a recipe's list; raises UserError naming the entry and what is wrong with it."""
+    names = [field.name for field in dataclasses.fields(Source)]
+    sources = []
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+            raise UserError(f"{key}[{i}]={entry!r}: expected a mapping with a `path`, e.g. {{path: text, data_files: x.txt}}")
+        for name in entry:
+            if name not in names:
+                raise UserError(f"{key}[{i}]: unknown key {name!r}; allowed: {', '.join(names)}")
+        if entry.get("sample_by", "document") not in ("document", "paragraph", "line"):
+            raise UserError(f"{key}[{i}]: sample_by={entry['sample_by']!r}; allowed: document, paragraph, line")
+        fraction = entry.get("fraction")
+        if fraction is not None and (isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or fraction <= 0):
+            raise UserError(f"{key}[{i}]: fraction={fraction!r}; allowed: a number above 0")
+        sources.append(Source(**entry))
+    with_fraction = [source.fraction is not None for source in sources]
+    if any(with_fraction) and not all(with_fraction):
+        raise UserError(f"{key}: give `fraction` for every entry or for none")
+    return sources
+
+
+def _split(split: str, where: str) -> tuple[str, str | None, str | None]:
+    """`train[:90%]` -> ("train", None, "90%")."""
+    match = re.fullmatch(r"(\w+)(?:\[(\d+%?)?:(\d+%?)?\])?", split)
+    if not match:
+        raise UserError(f"{where}: split={split!r} is not understood; allowed: e.g. train, train[:90%], train[100:200]")
+    return match.group(1), match.group(2), match.group(3)
+
+
+def _bound(bound: str | None, total: int, default: int) -> int:
+    if bound is None:
+        return default
+    return total * int(bound[:-1]) // 100 if bound.endswith("%") else min(int(bound), total)
+
+
+def _files(source: Source, data_dir: Path) -> list[Path]:
+    patterns = source.data_files if source.data_files is not None else source.path
+    paths: list[Path] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = sorted(glob.glob(str(data_dir / Path(pattern).expanduser()), recursive=True))
+        if not found:
+            raise UserError(
+                f"data_files={pattern!r}: no such file under {str(data_dir)!r}; "
+                "put it there or name another folder with --data_dir"
+            )
+        paths += [Path(name) for name in found if Path(name).is_file()]
+    return paths
+
+
+def _builder(source: Source, data_dir: Path) -> str | None:
+    """text, json, csv or parquet for local files; None for a Hub id."""
+    if source.path in BUILDERS:
+        if source.data_files is None:
+            raise UserError(f"path={source.path!r} reads local files: name them with data_files")
+        return source.path
+    suffix = Path(source.path).suffix.lower()
+    if source.data_files is None and suffix in SUFFIXES:
+        return SUFFIXES[suffix]
+    return None
+
+
+def read_text(path: Path) -> str:
+    """The file as UTF-8 with its newlines as they are; raises UserError naming the byte that is not UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: byte {error.start} (0x{error.object[error.start]:02x}) is not UTF-8; "
+            "convert the file, e.g. `iconv -f latin1 -t utf-8`"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+
+
+def _text_documents(source: Source, paths: list[Path]) -> Iterator[str]:
+    name, start, stop = _split(source.split, source.path)
+    if name != "train":
+        raise UserError(f"split={source.split!r}: local text files have only `train`; slice it, e.g. train[90%:]")
+    if source.sample_by == "document" and len(paths) == 1:
+        text = read_text(paths[0])
+        yield text[_bound(start, len(text), 0) : _bound(stop, len(text), len(text))]
+        return
+    docs: list[str] = []
+    for path in paths:
+        text = read_text(path)
+        if source.sample_by == "line":
+            docs += [line for line in text.splitlines() if line]
+        elif source.sample_by == "paragraph":
+            docs += [part for part in re.split(r"\n\s*\n", text) if part.strip()]
+        else:
+            docs.append(text)
+    yield from docs[_bound(start, len(docs), 0) : _bound(stop, len(docs), len(docs))]
+
+
+def _rows(source: Source, builder: str | None, paths: list[Path]) -> Any:
+    """A `datasets` data set; its own errors become one line that says where to look."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if builder is None:
+            return datasets.load_dataset(
+                source.path, source.name, data_files=source.data_files, split=source.split, streaming=source.streaming
+            )
+        return datasets.load_dataset(builder, data_files=[str(p) for p in paths], split=source.split)
+    except Exception as error:  # dozens of types, from pyarrow to aiohttp
+        for path in paths:
+            if builder in ("json", "csv"):
+                read_text(path)  # a clearer reason, where it is the encoding
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        if builder is None:
+            raise UserError(
+                f"path={source.path!r}: could not be loaded from the Hub ({reason}); check the id and the network, or "
+                "point at a local copy with `path: json|csv|parquet|text` and `data_files:`"
+            ) from None
+        raise UserError(f"{paths[0]}: cannot be read as {builder} ({reason}); check the file") from None
+
+
+def _column(source: Source, names: list[str] | None, row: dict) -> str:
+    wanted = source.columns or ["text"]
+    if len(wanted) != 1:
+        raise UserError(f"path={source.path!r}: columns={wanted!r}; pretraining reads exactly one text column")
+    if wanted[0] not in (names or row):
+        raise UserError(f"path={source.path!r}: no column {wanted[0]!r}; found {', '.join(names or row)}; set `columns:`")
+    return wanted[0]
+
+
+def documents(source: Source, data_dir: Path) -> Iterator[Doc]:
+    """Every document of a source, in order. Raises UserError for what is missing, unreadable or not text."""
+    if source.path.startswith("builtin/"):
+        yield from _toyworld(source)
+        return
+    builder = _builder(source, data_dir)
+    paths = _files(source, data_dir) if builder else []
+    if builder == "text":
+        yield from (Doc(text, None) for text in _text_documents(source, paths))
+        return
+    column = None
+    for i, row in enumerate(_rows(source, builder, paths)):
+        column = column or _column(source, None, row)
+        if not isinstance(row[column], str):
+            raise UserError(f"path={source.path!r} row {i}: {column}={row[column]!r} is not text; drop or mend that row")
+        yield Doc(row[column], None)
+
+
+def _toyworld(source: Source) -> Iterator[Doc]:
+    if source.path != "builtin/toyworld":
+        raise UserError(f"path={source.path!r}: no such built-in corpus; allowed: builtin/toyworld")
+    kinds = list(toyworld.KINDS) if source.name is None else [source.name]
+    if kinds[0] not in toyworld.KINDS:
+        raise UserError(f"builtin/toyworld: name={source.name!r}; allowed: {', '.join(toyworld.KINDS)}, or none for all")
+    split, start, stop = _split(source.split, source.path)
+    if split not in ("train", "validation") or stop is None or "%" in (start or "") + stop:
+        raise UserError(
+            f"builtin/toyworld: split={source.split!r}; it never ends, so say how many, e.g. train[:30000], validation[:500]"
+        )
+    for i in range(int(start or 0), int(stop)):
+        yield Doc(*toyworld.document(kinds[i % len(kinds)], split, i))
+
+
+def source_fingerprint(source: Source, data_dir: Path) -> str:
+    """SHA-256 that changes with the documents: file contents, Hub revision, or the code of toyworld."""
+    described = dataclasses.asdict(dataclasses.replace(source, fraction=None, shard=None))
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    if source.path.startswith("builtin/"):
+        digest.update(Path(toyworld.__file__).read_bytes())
+    elif builder := _builder(source, data_dir):
+        for path in _files(source, data_dir):
+            digest.update(builder.encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    else:
+        rows = _rows(source, None, [])
+        digest.update(str(getattr(rows, "_fingerprint", "")).encode())
+        digest.update(str(getattr(rows.info, "download_checksums", "")).encode())
+    return digest.hexdigest()

@@ -1,0 +1,118 @@
+"""What this machine is: device, dtype, threads, peak FLOP/s.
+
+Owns the choice of device, made once and said in one line.   device = detect(use_cpu=False, bf16=None)
+Leaves out how many processes run: that is Accelerate's.
+"""
+
+import os
+import platform
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from .config import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+# dense bf16 peak in FLOP/s, from the vendors' data sheets (without sparsity); the first name that matches counts
+PEAK_BF16 = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "A40": 150e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "T4": 65e12,
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator or the CPU; `peak_flops` is for the dtype that the matrix products run in."""
+
+    type: str  # cuda, mps or cpu
+    name: str
+    bf16: bool
+    num_threads: int
+    peak_flops: float | None  # None: not known, MFU is then left out
+
+    def __str__(self) -> str:
+        peak = f", {self.peak_flops / 1e12:.3g} TFLOP/s peak" if self.peak_flops else ""
+        threads = f", {self.num_threads} threads" if self.type == "cpu" else ""
+        return f"{self.type} ({self.name}){threads}, {'bfloat16' if self.bf16 else 'float32'}{peak}"
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+@lru_cache
+def measured_cpu_flops(size: int = 768) -> float:
+    """float32 FLOP/s of a square matrix product, the best of a few: what this CPU can do at most right now."""
+    import torch
+
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    best = float("inf")
+    for _ in range(12):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def detect(use_cpu: bool = False, bf16: bool | None = None) -> Device:
+    """The device to train on. Raises UserError when bf16 is asked for and the device has none in hardware."""
+    import torch
+
+    if not use_cpu and torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        has_bf16 = torch.cuda.get_device_capability()[0] >= 8
+        peak = next((flops for key, flops in PEAK_BF16.items() if key in name), None)
+        device = Device("cuda", name, has_bf16 if bf16 is None else bf16, torch.get_num_threads(), peak)
+    elif not use_cpu and torch.backends.mps.is_available():
+        has_bf16, device = True, Device("mps", platform.processor(), bool(bf16), torch.get_num_threads(), None)
+    else:  # autocast to bf16 helps only where the CPU multiplies in it
+        has_bf16 = bool(torch.backends.cpu.get_cpu_capability() and _cpu_has_bf16())
+        device = Device("cpu", _cpu_name(), bool(bf16), torch.get_num_threads(), measured_cpu_flops())
+    if bf16 and not has_bf16:
+        raise UserError(f"bf16=true: {device.type} ({device.name}) has no bfloat16 arithmetic; set bf16: false or null")
+    return device
+
+
+def _cpu_has_bf16() -> bool:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            flags = next((line for line in file if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def peak_memory_bytes(device: "torch.device") -> int:
+    """Most memory in use so far: allocated on the GPU, or resident in this process on the CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and its ended children, in seconds."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system

@@ -1,0 +1,48 @@
+"""Loss curves as PNG.   plot_losses(run_folder)  ->  run_folder/loss.png
+
+Owns pictures drawn from the JSON files of a run folder; imports no stage.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def plot_losses(folder: Path) -> Path:
+    """Training loss and every validation shard against steps, with the true entropy of a shard as a dashed line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(folder)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    figure = Figure(figsize=(8, 5), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    if train:
+        axes.plot(*zip(*train, strict=True), color="0.75", lw=1, label="train")
+    lows = [loss for _, loss in train]
+    for i, (shard, facts) in enumerate(manifest.get("eval_shards", {}).items()):
+        points = [(row["step"], row[f"eval_{shard}_loss"]) for row in rows if f"eval_{shard}_loss" in row]
+        if not points:
+            continue
+        lows += [loss for _, loss in points]
+        axes.plot(*zip(*points, strict=True), color=f"C{i}", marker="o", ms=4, label=f"{shard}  {points[-1][1]:.4f}")
+        if facts.get("entropy") is not None:
+            lows.append(facts["entropy"])
+            axes.axhline(facts["entropy"], color=f"C{i}", ls="--", lw=1, label=f"{shard} true entropy  {facts['entropy']:.4f}")
+    if lows and max(lows) > 4 * min(lows) > 0:  # a linear axis would press the end of the run flat
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:.2g}")
+        axes.yaxis.set_minor_formatter("{x:.1g}")
+    axes.set(xlabel="step", ylabel="nats per token", title=f"{folder}")
+    axes.grid(alpha=0.25, which="both")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
+    path = folder / "loss.png"
+    figure.savefig(path)
+    return path

@@ -1,0 +1,163 @@
+"""The run folder: where a stage writes what it did.
+
+Owns `recipe.yaml`, `manifest.json`, `metrics.jsonl`, `result.json`, and that folders appear whole or not at all.
+
+    run = Run.start(Path(config.output_dir), "pretrain", config, {...}); run.log({"step": 1}); run.finish(result)
+
+Leaves out weights: the stage saves them inside `with written_beside(folder) as partial:`.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from . import __version__, config
+
+PACKAGES = "torch transformers accelerate datasets tokenizers trl peft safetensors numpy".split()
+HOLDS_A_RUN = ("model", "adapter", "checkpoints", "result.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What `result.json` holds, for every stage; losses in nats per token, entropy null where it is not known."""
+
+    stage: str
+    status: str  # ok | stopped | failed
+    model_dir: str
+    parent: str | None
+    wall_s: float
+    cpu_s: float
+    tokens: int
+    shards: dict[str, dict[str, Any]]
+    metrics: dict[str, Any]
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Also through libraries that keep only the text of the system's error (safetensors does)."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+
+
+@contextlib.contextmanager
+def written_beside(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `folder`, renamed to it when the block ends well; removed when it does not.
+
+    Readers see the whole folder or none. Raises UserError when the disk is full; what was saved before is untouched.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        os.rename(partial, folder)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if is_disk_full(error):
+            free = shutil.disk_usage(folder.parent).free
+            raise config.UserError(
+                f"{folder}: the disk is full ({free / 1e6:.0f} MB free), this save was given up and earlier ones are "
+                "untouched; make room or choose another output_dir"
+            ) from None
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _git_commit() -> str | None:
+    try:
+        here = Path(__file__).parent
+        out = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)
+        return out.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides a run's numbers."""
+    found = {"llmkit": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def check_output_dir(folder: Path) -> None:
+    """Raises UserError when `folder` holds another run, or files that are no run at all."""
+    if folder.is_file():
+        raise config.UserError(f"output_dir={str(folder)!r}: is a file; name a folder")
+    if not folder.exists():
+        return
+    held = [name for name in HOLDS_A_RUN if (folder / name).exists()]
+    if held:
+        raise config.UserError(
+            f"output_dir={str(folder)!r}: holds another run ({', '.join(held)}); "
+            "choose another --output_dir, or move or remove that folder"
+        )
+    if any(folder.iterdir()) and not (folder / "manifest.json").exists():
+        raise config.UserError(f"output_dir={str(folder)!r}: is not empty and not a run folder; choose another --output_dir")
+
+
+class Run:
+    """An open run folder. On ranks other than 0 (`is_main=False`) nothing is written."""
+
+    def __init__(self, folder: Path, stage: str, is_main: bool = True):
+        self.folder, self.stage, self.is_main = folder, stage, is_main
+        self.started = time.perf_counter()
+
+    @classmethod
+    def start(cls, folder: Path, stage: str, settings: Any, facts: dict[str, Any], is_main: bool = True) -> "Run":
+        """Creates the folder with recipe and manifest. An earlier run there that saved no weights is replaced."""
+        run = cls(folder, stage, is_main)
+        if is_main:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "metrics.jsonl").write_text("")
+                (folder / "recipe.yaml").write_text(config.dump(settings), encoding="utf-8")
+                manifest = {
+                    "stage": stage,
+                    "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+                    "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                    "versions": versions(),
+                    "git_commit": _git_commit(),
+                    **facts,
+                }
+                write_json(folder / "manifest.json", manifest)
+            except OSError as error:
+                reason = "the disk is full" if is_disk_full(error) else error.strerror
+                raise config.UserError(f"output_dir={str(folder)!r}: cannot be written ({reason}); choose another") from None
+        return run
+
+    @property
+    def model_dir(self) -> Path:
+        return self.folder / "model"
+
+    def log(self, row: dict[str, Any]) -> None:
+        """One line of metrics.jsonl; a full disk there never stops a run that could still save its weights."""
+        if self.is_main:
+            with contextlib.suppress(OSError), (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def finish(self, result: Result) -> Result:
+        if self.is_main:
+            write_json(self.folder / "result.json", dataclasses.asdict(result))
+        return result
+
+
+def resolve_model_dir(name_or_path: str) -> str:
+    """A run folder stands for its `model/`; anything else is returned as it is."""
+    inside = Path(name_or_path) / "model"
+    return str(inside) if (inside / "config.json").exists() else name_or_path

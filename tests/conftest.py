@@ -1,0 +1,33 @@
+"""Test session: no network, no tokenizer threads, one CPU thread (tiny models run slower on more)."""
+
+import os
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+import socket
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def closed_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse every connection that leaves this machine; gloo, DataLoader workers and local servers still work."""
+
+    def guard(name: str):
+        connect = getattr(socket.socket, name)
+
+        def guarded(self: socket.socket, address):
+            is_inet = self.family in (socket.AF_INET, socket.AF_INET6)
+            if is_inet and address[0] not in ("localhost", "::1", socket.gethostname()):
+                if not address[0].startswith("127."):
+                    raise RuntimeError(f"tests keep sockets closed, and this one connects to {address}")
+            return connect(self, address)
+
+        return guarded
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, guard(name))
