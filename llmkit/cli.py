@@ -68,7 +68,9 @@ def dispatch(argv: list[str]) -> int:
     except ImportError as error:
         if error.name and error.name.startswith("llmkit"):
             raise
-        raise config.UserError(f"llmkit {verb} needs {error.name!r}; install it with `pip install 'llmkit[all]'`") from None
+        raise config.UserError(
+            f"llmkit {verb} needs {error.name!r}; install it with `pip install 'llmkit[all]'`"
+        ) from None
     return 0
 
 

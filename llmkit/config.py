@@ -9,6 +9,7 @@ The command line wins over the recipe. Leaves out what a value means: the verb t
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from pathlib import Path
@@ -165,14 +166,16 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key_node, _ in node.value:
             if key_node.value in seen:
-                raise UserError(f"key {key_node.value!r} is given twice (line {key_node.start_mark.line + 1}); keep one")
+                raise UserError(
+                    f"key {key_node.value!r} is given twice (line {key_node.start_mark.line + 1}); keep one"
+                )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
 
@@ -192,7 +195,9 @@ def read_recipe(path: Path) -> dict:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}:{where} is not valid YAML ({getattr(error, 'problem', error)}); mend that line") from None
+        raise UserError(
+            f"{path}:{where} is not valid YAML ({getattr(error, 'problem', error)}); mend that line"
+        ) from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds {type(values).__name__}, expected `key: value` lines")
     return values
@@ -225,7 +230,9 @@ def _unknown(key: str, known: list[str], verb: str) -> str:
         from transformers import TrainingArguments
 
         if key in {field.name for field in dataclasses.fields(TrainingArguments)}:
-            return f"key {key!r} is one of TrainingArguments that `llmkit {verb}` does not implement; remove it ({hint})"
+            return (
+                f"key {key!r} is one of TrainingArguments that `llmkit {verb}` does not implement; remove it ({hint})"
+            )
     except ImportError:
         pass
     return f"unknown key {key!r}; {hint}"
@@ -280,7 +287,7 @@ def _set_nested(values: dict, path: list[str], value: Any, key: str) -> None:
 
 
 def load(cls: type[T], argv: list[str], verb: str = "pretrain") -> T:
-    """The verb's config from a recipe and the command line; raises UserError for anything unknown or of a wrong type."""
+    """The verb's config from recipe and command line; raises UserError for anything unknown or of a wrong type."""
     recipe, raw = parse_args(argv)
     values = read_recipe(recipe) if recipe else {}
     origin = dict.fromkeys(values, str(recipe))
@@ -295,7 +302,9 @@ def load(cls: type[T], argv: list[str], verb: str = "pretrain") -> T:
             values.setdefault(head, {})
             _set_nested(values, [head, *rest], value, key)
         else:  # a prompt "123" or "yes" stays text where the key takes text
-            values[head] = text if head in hints and not _fits(value, hints[head]) and _fits(text, hints[head]) else value
+            values[head] = (
+                text if head in hints and not _fits(value, hints[head]) and _fits(text, hints[head]) else value
+            )
         origin[head] = f"--{key}"
     for key, value in values.items():
         if key not in hints:
@@ -320,7 +329,8 @@ def describe(cls: type) -> str:
     fields = [(f, _allowed(hints[f.name])) for f in dataclasses.fields(cls)]
     lines = []
     for field, allowed in fields:
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
         shown = "required" if default == "" else yaml.safe_dump(default, default_flow_style=True).split("\n")[0]
         lines.append(f"  {field.name:<28} {field.metadata['help']}\n  {'':<28} [{allowed}; default {shown}]")
     return "\n".join(lines)

@@ -39,7 +39,7 @@ def find_config(name: str) -> Path:
 
 
 def command(config: PretrainConfig, verb: str, argv: list[str]) -> list[str]:
-    """`accelerate launch` with the verb as it was called; the recipe's own keys stay, LOCAL_RANK stops a second round."""
+    """`accelerate launch` with the verb as it was called; LOCAL_RANK then stops a second round."""
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     path = find_config(config.accelerate_config or "cpu")
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ from typing import Any
 
 from . import __version__, config
 
-PACKAGES = "torch transformers accelerate datasets tokenizers trl peft safetensors numpy".split()
+PACKAGES = ["torch", "transformers", "accelerate", "datasets", "tokenizers", "trl", "peft", "safetensors", "numpy"]
 HOLDS_A_RUN = ("model", "adapter", "checkpoints", "result.json")
 
 
@@ -108,7 +108,9 @@ def check_output_dir(folder: Path) -> None:
             "choose another --output_dir, or move or remove that folder"
         )
     if any(folder.iterdir()) and not (folder / "manifest.json").exists():
-        raise config.UserError(f"output_dir={str(folder)!r}: is not empty and not a run folder; choose another --output_dir")
+        raise config.UserError(
+            f"output_dir={str(folder)!r}: is not empty and not a run folder; choose another --output_dir"
+        )
 
 
 class Run:
@@ -138,7 +140,9 @@ class Run:
                 write_json(folder / "manifest.json", manifest)
             except OSError as error:
                 reason = "the disk is full" if is_disk_full(error) else error.strerror
-                raise config.UserError(f"output_dir={str(folder)!r}: cannot be written ({reason}); choose another") from None
+                raise config.UserError(
+                    f"output_dir={str(folder)!r}: cannot be written ({reason}); choose another"
+                ) from None
         return run
 
     @property

@@ -60,9 +60,10 @@ class Rows:
         if self.packing == "bos_bestfit":
             self.plan = plan_rows(self.store, self.context)
         elif self.store.num_tokens < 2 * self.context:
+            count, where = self.store.num_tokens, self.store.manifest.get("source", self.store.folder)
             raise UserError(
-                f"{self.store.manifest.get('source', self.store.folder)}: {self.store.num_tokens} tokens are too few for "
-                f"rows of max_length={self.context}; allowed: max_length up to {self.store.num_tokens // 2}, or more text"
+                f"{where}: {count} tokens are too few for rows of max_length={self.context}; "
+                f"allowed: max_length up to {count // 2}, or more text"
             )
 
     @property
@@ -97,7 +98,6 @@ class Rows:
             "document": document[:, 1:],
         }
 
-
     def sweep(self, batch_size: int) -> Iterator[dict[str, NDArray[np.int64]]]:
         """Batches that predict every token of the store once: all rows, or windows that do not overlap."""
         if self.plan is not None:
@@ -113,7 +113,11 @@ class Rows:
             labels[count:] = IGNORE
             shape = (-1, self.context)
             positions = np.broadcast_to(np.arange(self.context), (width // self.context, self.context))
-            yield {"input_ids": span[:-1].reshape(shape), "shift_labels": labels.reshape(shape), "position_ids": positions}
+            yield {
+                "input_ids": span[:-1].reshape(shape),
+                "shift_labels": labels.reshape(shape),
+                "position_ids": positions,
+            }
 
 
 class Loader:

@@ -2,7 +2,8 @@
 
 Owns reading. Every source yields documents (text, log-probability or None); nothing is cleaned, dropped or changed.
 
-    for doc in documents(Source(path="text", data_files="tiny_shakespeare.txt", split="train[:90%]"), data_dir=Path(".")): ...
+    source = Source(path="text", data_files="tiny_shakespeare.txt", split="train[:90%]")
+    for text, log_prob in documents(source, data_dir=Path("data")): ...
 
 A text file is one document unless `sample_by: line` or `paragraph` says otherwise; a percentage split of one document
 counts its characters. No silent fallback: what cannot be reached is an error that says how to point at a local copy.
@@ -50,14 +51,18 @@ def parse_sources(entries: list, key: str) -> list[Source]:
     sources = []
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-            raise UserError(f"{key}[{i}]={entry!r}: expected a mapping with a `path`, e.g. {{path: text, data_files: x.txt}}")
+            raise UserError(
+                f"{key}[{i}]={entry!r}: expected a mapping with a `path`, e.g. {{path: text, data_files: x.txt}}"
+            )
         for name in entry:
             if name not in names:
                 raise UserError(f"{key}[{i}]: unknown key {name!r}; allowed: {', '.join(names)}")
         if entry.get("sample_by", "document") not in ("document", "paragraph", "line"):
             raise UserError(f"{key}[{i}]: sample_by={entry['sample_by']!r}; allowed: document, paragraph, line")
         fraction = entry.get("fraction")
-        if fraction is not None and (isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or fraction <= 0):
+        if fraction is not None and (
+            isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or fraction <= 0
+        ):
             raise UserError(f"{key}[{i}]: fraction={fraction!r}; allowed: a number above 0")
         sources.append(Source(**entry))
     with_fraction = [source.fraction is not None for source in sources]
@@ -168,7 +173,9 @@ def _column(source: Source, names: list[str] | None, row: dict) -> str:
     if len(wanted) != 1:
         raise UserError(f"path={source.path!r}: columns={wanted!r}; pretraining reads exactly one text column")
     if wanted[0] not in (names or row):
-        raise UserError(f"path={source.path!r}: no column {wanted[0]!r}; found {', '.join(names or row)}; set `columns:`")
+        raise UserError(
+            f"path={source.path!r}: no column {wanted[0]!r}; found {', '.join(names or row)}; set `columns:`"
+        )
     return wanted[0]
 
 
@@ -186,7 +193,9 @@ def documents(source: Source, data_dir: Path) -> Iterator[Doc]:
     for i, row in enumerate(_rows(source, builder, paths)):
         column = column or _column(source, None, row)
         if not isinstance(row[column], str):
-            raise UserError(f"path={source.path!r} row {i}: {column}={row[column]!r} is not text; drop or mend that row")
+            raise UserError(
+                f"path={source.path!r} row {i}: {column}={row[column]!r} is not text; drop or mend that row"
+            )
         yield Doc(row[column], None)
 
 
@@ -195,11 +204,14 @@ def _toyworld(source: Source) -> Iterator[Doc]:
         raise UserError(f"path={source.path!r}: no such built-in corpus; allowed: builtin/toyworld")
     kinds = list(toyworld.KINDS) if source.name is None else [source.name]
     if kinds[0] not in toyworld.KINDS:
-        raise UserError(f"builtin/toyworld: name={source.name!r}; allowed: {', '.join(toyworld.KINDS)}, or none for all")
+        raise UserError(
+            f"builtin/toyworld: name={source.name!r}; allowed: {', '.join(toyworld.KINDS)}, or none for all"
+        )
     split, start, stop = _split(source.split, source.path)
     if split not in ("train", "validation") or stop is None or "%" in (start or "") + stop:
         raise UserError(
-            f"builtin/toyworld: split={source.split!r}; it never ends, so say how many, e.g. train[:30000], validation[:500]"
+            f"builtin/toyworld: split={source.split!r}; it never ends, so say how many documents, "
+            "e.g. train[:30000] or validation[:500]"
         )
     for i in range(int(start or 0), int(stop)):
         yield Doc(*toyworld.document(kinds[i % len(kinds)], split, i))

@@ -45,7 +45,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE of at most `vocab_size` ids, special tokens first; raises UserError below 256 bytes + specials."""
     smallest = 256 + len(SPECIAL)
     if vocab_size < smallest:
-        raise UserError(f"vocab_size={vocab_size} is too small; allowed: at least {smallest} (256 bytes + special tokens)")
+        raise UserError(
+            f"vocab_size={vocab_size} is too small; allowed: at least {smallest} (256 bytes + special tokens)"
+        )
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -41,26 +41,48 @@ class World:
 
 def _towns() -> dict[str, dict[str, str]]:
     """Sixteen towns; every fact is a fixed function of the town, spread so that no fact tells the town."""
-    names = "Alda Borin Cresk Dulmo Elva Farno Gritt Holm Ibsa Jorva Kelt Lumo Mirra Norda Ostry Pell".split()
+    names = ("Alda Borin Cresk Dulmo Elva Farno Gritt Holm Ibsa Jorva Kelt Lumo Mirra Norda Ostry Pell").split()
     values = {
-        "region": "north south east west".split(),
-        "river": "Aren Bolda Cinna Drave Esk".split(),
-        "food": "beans bread cheese fish plums rice soup".split(),
-        "animal": "bear crow deer fox owl wolf".split(),
-        "craft": "boats clocks drums ropes shoes".split(),
-        "colour": "blue green red white yellow".split(),
+        "region": ["north", "south", "east", "west"],
+        "river": ["Aren", "Bolda", "Cinna", "Drave", "Esk"],
+        "food": ["beans", "bread", "cheese", "fish", "plums", "rice", "soup"],
+        "animal": ["bear", "crow", "deer", "fox", "owl", "wolf"],
+        "craft": ["boats", "clocks", "drums", "ropes", "shoes"],
+        "colour": ["blue", "green", "red", "white", "yellow"],
     }
     return {
-        name: {topic: options[(i * (3 * t + 5) + i // 4 + t) % len(options)] for t, (topic, options) in enumerate(values.items())}
+        name: {
+            topic: options[(i * (3 * t + 5) + i // 4 + t) % len(options)]
+            for t, (topic, options) in enumerate(values.items())
+        }
         for i, name in enumerate(names)
     }
 
 
 WORLD = World(
-    people=tuple((n, SHE) for n in "Ada Bea Cora Dina Emma Fay Gina Hana Ines Jane".split())
-    + tuple((n, HE) for n in "Abel Ben Carl Dan Eric Finn Gus Hugo Ivan Jack".split()),
-    things=tuple("ball book boat bag cup coat doll drum hat kite lamp map ring rope scarf toy".split()),
-    colours=tuple("black blue brown green grey pink red white".split()),
+    people=tuple((n, SHE) for n in ["Ada", "Bea", "Cora", "Dina", "Emma", "Fay", "Gina", "Hana", "Ines", "Jane"])
+    + tuple((n, HE) for n in ["Abel", "Ben", "Carl", "Dan", "Eric", "Finn", "Gus", "Hugo", "Ivan", "Jack"]),
+    things=tuple(
+        [
+            "ball",
+            "book",
+            "boat",
+            "bag",
+            "cup",
+            "coat",
+            "doll",
+            "drum",
+            "hat",
+            "kite",
+            "lamp",
+            "map",
+            "ring",
+            "rope",
+            "scarf",
+            "toy",
+        ]
+    ),
+    colours=tuple(["black", "blue", "brown", "green", "grey", "pink", "red", "white"]),
     places=(
         ("the beach", "under a boat"),
         ("the park", "behind a tree"),
@@ -71,9 +93,9 @@ WORLD = World(
         ("the farm", "in the barn"),
         ("the library", "between two shelves"),
     ),
-    weathers=tuple("sunny rainy windy cold warm foggy".split()),
+    weathers=tuple(["sunny", "rainy", "windy", "cold", "warm", "foggy"]),
     mishaps=(("was lost", "sad"), ("was stolen", "angry"), ("fell down", "worried"), ("was left behind", "upset")),
-    foods=tuple("apples eggs figs nuts pears plums".split()),
+    foods=tuple(["apples", "eggs", "figs", "nuts", "pears", "plums"]),
     towns=_towns(),
 )
 
@@ -104,14 +126,28 @@ def story(tape: Tape, world: World) -> None:
     place, spot = tape.pick(world.places)
     tape.say(f" {hero} went to {place}, and {she} took the {thing} along.")
     friend, _ = tape.pick([p for p in world.people if p[0] != hero])
-    tape.say(tape.pick((f" There {she} met {friend}, who was a good friend.", f" {friend} was there too, and they played for a while.")))
+    tape.say(
+        tape.pick(
+            (
+                f" There {she} met {friend}, who was a good friend.",
+                f" {friend} was there too, and they played for a while.",
+            )
+        )
+    )
     mishap, mood = tape.pick(world.mishaps)
     tape.say(f" But then the {thing} {mishap}, and {hero} was very {mood}.")
     if tape.pick((True, False)):
         wrong = tape.pick([c for c in world.colours if c != colour])
         tape.say(f' "Is it this {wrong} one?" asked {friend}. "No," said {hero}, "the {thing} that I had is {colour}."')
     tape.say(f" After some time {friend} found it {spot} and gave it back.")
-    tape.say(tape.pick((f" {hero} thanked {friend} and left {place} with {her} {colour} {thing}.", f" {She} smiled and said: thank you, {friend}!")))
+    tape.say(
+        tape.pick(
+            (
+                f" {hero} thanked {friend} and left {place} with {her} {colour} {thing}.",
+                f" {She} smiled and said: thank you, {friend}!",
+            )
+        )
+    )
 
 
 TOWN_FACTS = {

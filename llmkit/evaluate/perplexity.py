@@ -2,8 +2,9 @@
 
 Owns the measurement, the same for every stage.   score = score_rows(model, rows, batch_size=32)
 
-Nats per token count every text token and the EOS that ends each document; bits per byte leave EOS out, since it stands
-for no byte of the raw text. Under bos_bestfit every document is scored on its own, after a BOS. Under contiguous packing
+Nats per token count every text token and the EOS that ends each document; bits per byte leave EOS out, since it
+stands for no byte of the raw text. Under bos_bestfit every document is scored on its own, after a BOS. Under contiguous
+packing
 the windows do not overlap, and the first token of the shard is not predicted.
 """
 
@@ -32,7 +33,12 @@ class ShardScore:
         return None if self.entropy is None else self.loss - self.entropy
 
     def to_dict(self) -> dict[str, Any]:
-        return {"loss": self.loss, "bits_per_byte": self.bits_per_byte, "entropy": self.entropy, "gap_stderr": self.gap_stderr}
+        return {
+            "loss": self.loss,
+            "bits_per_byte": self.bits_per_byte,
+            "entropy": self.entropy,
+            "gap_stderr": self.gap_stderr,
+        }
 
 
 def forward_inputs(batch: dict[str, torch.Tensor], isolate: bool) -> dict[str, Any]:
@@ -47,7 +53,9 @@ def token_losses(model: nn.Module, batch: dict[str, torch.Tensor], isolate: bool
     """-log p of every label in nats, (B, T) float32, 0 where the label is ignored."""
     logits = model(**forward_inputs(batch, isolate)).logits  # (B, T, V)
     labels = batch["shift_labels"]
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE).view_as(labels)
+    return F.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE
+    ).view_as(labels)
 
 
 @torch.no_grad()
@@ -60,7 +68,9 @@ def score_rows(model: nn.Module, rows: Rows, batch_size: int, eos_token_id: int,
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    nll = torch.zeros(len(rows.store.ends) + 1, dtype=torch.float64, device=device)  # per document; the last takes the rest
+    nll = torch.zeros(
+        len(rows.store.ends) + 1, dtype=torch.float64, device=device
+    )  # per document; the last takes the rest
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, nats on EOS, tokens
     for i, arrays in enumerate(rows.sweep(batch_size)):
         if i % world_size != rank:

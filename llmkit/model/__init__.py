@@ -1,4 +1,4 @@
-"""llmkit's GPT, registered with the Auto classes: `import llmkit.model`, then `AutoModelForCausalLM.from_pretrained`."""
+"""llmkit's GPT; importing this registers it, so that `AutoModelForCausalLM.from_pretrained` knows it."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 

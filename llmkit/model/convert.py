@@ -1,6 +1,6 @@
 """The same weights under another name: llmkit <-> Qwen3 (QK-norm) and Llama (no QK-norm).
 
-Owns the mapping of configs; tensor names are identical, so weights are handed over 1:1 and logits are equal bit for bit.
+Owns the mapping of configs; tensor names are identical, so weights move 1:1 and logits are equal bit for bit.
 
     qwen3 = to_plain(model)            # Qwen3ForCausalLM, or LlamaForCausalLM when qk_norm is off
     model = from_plain(qwen3)
@@ -24,9 +24,9 @@ from .modeling_llmkit import LlmkitForCausalLM
 
 TARGETS = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
 SHARED = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "hidden_act max_position_embeddings initializer_range rms_norm_eps attention_dropout use_cache "
-    "tie_word_embeddings pad_token_id bos_token_id eos_token_id"
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "head_dim hidden_act max_position_embeddings initializer_range rms_norm_eps attention_dropout "
+    "use_cache tie_word_embeddings pad_token_id bos_token_id eos_token_id"
 ).split()
 
 

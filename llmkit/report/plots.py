@@ -34,7 +34,9 @@ def plot_losses(folder: Path) -> Path:
         axes.plot(*zip(*points, strict=True), color=f"C{i}", marker="o", ms=4, label=f"{shard}  {points[-1][1]:.4f}")
         if facts.get("entropy") is not None:
             lows.append(facts["entropy"])
-            axes.axhline(facts["entropy"], color=f"C{i}", ls="--", lw=1, label=f"{shard} true entropy  {facts['entropy']:.4f}")
+            axes.axhline(
+                facts["entropy"], color=f"C{i}", ls="--", lw=1, label=f"{shard} true entropy  {facts['entropy']:.4f}"
+            )
     if lows and max(lows) > 4 * min(lows) > 0:  # a linear axis would press the end of the run flat
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:.2g}")

@@ -1,6 +1,8 @@
 """Saving: a plain transformers folder, whole or not at all.
 
-Owns `model/`, `adapter/` and `checkpoints/step-00000500/` of a run folder.   save_model(model, tokenizer, run.model_dir)
+Owns `model/`, `adapter/` and `checkpoints/step-00000500/` of a run folder.
+
+    save_run_model(model, tokenizer, run.folder)
 
 A checkpoint holds `model/`. Leaves out optimiser and RNG state: resuming is not implemented yet.
 """
@@ -16,10 +18,12 @@ from ..run import written_beside
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Config, safetensors, tokenizer, generation config and, for our model, its code. Raises UserError on a full disk."""
+    """Config, safetensors, tokenizer, generation config, our model's code. Raises UserError on a full disk."""
     with written_beside(folder) as partial:
         model.generation_config = GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
         model.save_pretrained(partial)
         save_tokenizer(tokenizer, partial)

@@ -1,6 +1,6 @@
 """Optimisers and learning-rate schedules.
 
-Owns which parameter gets which update, Muon with batched Newton-Schulz, and the schedule as a pure function of the step.
+Owns which parameter gets which update, Muon with batched Newton-Schulz, and the schedule as a function of the step.
 
     optimizer = build_optimizer(model, config); set_learning_rate(optimizer, lr_factor(step, config, max_steps))
 
@@ -142,7 +142,7 @@ def num_steps(value: float, max_steps: int) -> int:
 
 
 def lr_factor(step: int, config: PretrainConfig, max_steps: int) -> float:
-    """Learning rate of step 0 .. max_steps - 1 as a share of its peak. A pure function, so there is no state to save."""
+    """Learning rate of step 0 .. max_steps - 1 as a share of its peak. Pure, so there is no state to save."""
     warmup = num_steps(config.warmup_steps, max_steps)
     if step < warmup:
         return (step + 1) / warmup

@@ -1,0 +1,79 @@
+# Thin aliases of `llmkit <verb>`: `make help` explains each. Nothing here is needed to use llmkit without make.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+export HF_HUB_DISABLE_TELEMETRY := 1
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+
+.PHONY: help setup setup-all pretrain-toy generate-toy export-toy pretrain-shakespeare-char clean-toy lint format test test-fast test-all
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-26s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/core  ## create .venv with what training needs (CPU build of PyTorch where there is no NVIDIA GPU)
+
+setup-all: $(VENV)/all  ## everything else too: TRL, PEFT, lm-eval, DeepSpeed, the test tools
+
+$(VENV)/torch: constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else f"Python {v[0]}.{v[1]} is too old: llmkit needs 3.11 or newer, e.g. make PYTHON=python3.12 setup")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
+	  echo "setup: NVIDIA GPU found, PyTorch with CUDA from the default index"; index=""; \
+	elif [ "$$(uname)" = Darwin ]; then \
+	  echo "setup: macOS, PyTorch from the default index"; index=""; \
+	elif $(BIN)/python -c 'import urllib.request as u; u.urlopen("$(CPU_INDEX)/torch/", timeout=3)' 2>/dev/null; then \
+	  echo "setup: no NVIDIA GPU, CPU build of PyTorch from $(CPU_INDEX)"; index="--extra-index-url $(CPU_INDEX)"; \
+	else \
+	  echo "setup: no NVIDIA GPU, but $(CPU_INDEX) does not answer: PyTorch from the default index"; index=""; \
+	fi; $(PIP) $$index torch numpy
+	@touch $@
+
+$(VENV)/core: $(VENV)/torch pyproject.toml constraints.txt
+	@echo "setup: llmkit and what training needs, into $(VENV)"
+	@$(PIP) --editable '.[core]'
+	@touch $@
+
+$(VENV)/all: $(VENV)/core
+	@echo "setup: everything, into $(VENV) (a few minutes)"
+	@$(PIP) setuptools wheel ninja
+	@if [ "$$(uname)" = Linux ]; then DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed; fi
+	@$(PIP) --editable '.[all,dev]'
+	@touch $@
+
+pretrain-toy: $(VENV)/core  ## train a GPT on the toy world: minutes on two CPU cores, known true entropy
+	$(BIN)/llmkit pretrain recipes/toy/pretrain.yaml
+
+generate-toy: $(VENV)/core  ## let the toy model write a document
+	$(BIN)/llmkit generate --model_name_or_path runs/toy/pretrain
+
+export-toy: $(VENV)/core  ## write the toy model as a plain Qwen3 folder
+	$(BIN)/llmkit export --model_name_or_path runs/toy/pretrain --output_dir runs/toy/pretrain/qwen3 --to qwen3
+
+DATA_DIR ?= data
+pretrain-shakespeare-char: $(VENV)/core  ## nanoGPT's classic; DATA_DIR=folder with tiny_shakespeare.txt
+	$(BIN)/llmkit pretrain recipes/shakespeare-char/pretrain.yaml --data_dir $(DATA_DIR)
+
+clean-toy:  ## forget the toy runs
+	rm -rf runs/toy
+
+lint: $(VENV)/all  ## ruff (lint and format), mypy, the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(OFFLINE) $(BIN)/python -m pytest tests/test_imports.py
+
+format: $(VENV)/all  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-fast: $(VENV)/all  ## the tests that take no time, under 90 seconds
+	$(OFFLINE) $(BIN)/python -m pytest -m "not slow and not medium"
+
+test: $(VENV)/all  ## every test but the slow ones, under 10 minutes
+	$(OFFLINE) $(BIN)/python -m pytest
+
+test-all: $(VENV)/all  ## the slow ones too
+	$(OFFLINE) $(BIN)/python -m pytest -m ""
