@@ -68,9 +68,8 @@ def dispatch(argv: list[str]) -> int:
     except ImportError as error:
         if error.name and error.name.startswith("llmkit"):
             raise
-        raise config.UserError(
-            f"llmkit {verb} needs {error.name!r}; install it with `pip install 'llmkit[all]'`"
-        ) from None
+        what = repr(error.name) if error.name else f"a package: {error}"  # transformers and accelerate give no name
+        raise config.UserError(f"llmkit {verb} needs {what}; install it with `pip install 'llmkit[all]'`") from None
     return 0
 
 
@@ -80,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return dispatch(sys.argv[1:] if argv is None else argv)
     except config.UserError as error:
-        print(f"llmkit: {error}", file=sys.stderr)
+        print("llmkit:", *str(error).split("\n"), file=sys.stderr)  # one line, whatever a library put into it
         return 2
     except KeyboardInterrupt:
         print("llmkit: interrupted", file=sys.stderr)

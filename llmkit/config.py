@@ -51,6 +51,11 @@ RENAMED = {
 }
 
 
+def required(text: str) -> Any:
+    """A text that the user must give; the verb refuses an empty one."""
+    return dataclasses.field(default="", metadata={"help": text, "required": True})
+
+
 def option(default: Any, text: str) -> Any:
     """A dataclass field with its help line; mutable defaults are copied."""
     if isinstance(default, (list, dict)):
@@ -62,7 +67,7 @@ def option(default: Any, text: str) -> Any:
 class PretrainConfig:
     """Train a causal LM: ours, any `model_type` from a config, or an existing checkpoint (full or LoRA)."""
 
-    output_dir: str = option("", "run folder; must not hold another run")
+    output_dir: str = required("run folder; must not hold another run")
     # model
     model_type: str = option("llmkit", "architecture to build from scratch: llmkit, qwen3, gpt2, ...")
     config_overrides: dict = option({}, "fields of that architecture's config, e.g. {hidden_size: 128}")
@@ -139,7 +144,7 @@ class PretrainConfig:
 class GenerateConfig:
     """Continue a prompt; the text streams as it is written."""
 
-    model_name_or_path: str = option("", "run folder, model folder or Hub id")
+    model_name_or_path: str = required("run folder, model folder or Hub id")
     prompt: str = option("", "text to continue; empty: start a document")
     max_new_tokens: int = option(128, "longest continuation")
     temperature: float = option(1.0, "0: greedy")
@@ -154,9 +159,9 @@ class GenerateConfig:
 class ExportConfig:
     """Write a trained model as a stock transformers folder that needs no code of ours."""
 
-    model_name_or_path: str = option("", "run folder or model folder")
+    model_name_or_path: str = required("run folder or model folder")
     to: str = option("qwen3", "qwen3, or llama for a model without QK-norm")
-    output_dir: str = option("", "folder to write; must not exist")
+    output_dir: str = required("folder to write; must not exist")
 
 
 class _Loader(yaml.SafeLoader):
@@ -165,6 +170,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue  # a list or mapping as a key: PyYAML refuses it
             if key_node.value in seen:
                 raise UserError(
                     f"key {key_node.value!r} is given twice (line {key_node.start_mark.line + 1}); keep one"
@@ -173,11 +180,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text "1e-3", which `_Loader` would read as a number."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 T = TypeVar("T")
 
@@ -192,7 +202,7 @@ def read_recipe(path: Path) -> dict:
         raise UserError(f"{path}: cannot be read ({error}); expected a YAML recipe") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise UserError(
@@ -250,7 +260,7 @@ def parse_args(argv: list[str]) -> tuple[Path | None, dict[str, str]]:
             if not equals:
                 has_value = bool(words) and not words[0].startswith("--")
                 value = words.pop(0) if has_value else "true"
-        elif "=" in word and not word.endswith((".yaml", ".yml")):
+        elif "=" in word and not (word.endswith((".yaml", ".yml")) and Path(word).is_file()):
             key, _, value = word.partition("=")
         elif recipe is None:
             recipe = word
@@ -296,7 +306,9 @@ def load(cls: type[T], argv: list[str], verb: str = "pretrain") -> T:
         head, *rest = key.split(".")
         try:
             value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError:
+        except UserError as error:
+            raise UserError(f"--{key}: {error}") from None
+        except (yaml.YAMLError, ValueError):
             value = text
         if rest:
             values.setdefault(head, {})
@@ -320,7 +332,7 @@ def load(cls: type[T], argv: list[str], verb: str = "pretrain") -> T:
 
 def dump(config: Any) -> str:
     """The config as a recipe that runs again as it is; keys in the order of the dataclass."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def describe(cls: type) -> str:
@@ -331,6 +343,7 @@ def describe(cls: type) -> str:
     for field, allowed in fields:
         factory = field.default_factory
         default = field.default if factory is dataclasses.MISSING else factory()
-        shown = "required" if default == "" else yaml.safe_dump(default, default_flow_style=True).split("\n")[0]
-        lines.append(f"  {field.name:<28} {field.metadata['help']}\n  {'':<28} [{allowed}; default {shown}]")
+        shown = "default " + yaml.safe_dump(default, default_flow_style=True).split("\n")[0]
+        shown = "required" if "required" in field.metadata else shown
+        lines.append(f"  {field.name:<28} {field.metadata['help']}\n  {'':<28} [{allowed}; {shown}]")
     return "\n".join(lines)

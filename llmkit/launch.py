@@ -9,9 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
-
-from .config import PretrainConfig, UserError
+from .config import PretrainConfig, UserError, read_recipe
 
 CONFIGS = Path(__file__).resolve().parent.parent / "accelerate_configs"
 
@@ -23,7 +21,7 @@ def is_main() -> bool:
 
 def is_wanted(config: PretrainConfig) -> bool:
     """A relaunch is asked for, and this process is not itself the result of one."""
-    return "LOCAL_RANK" not in os.environ and bool(config.accelerate_config or (config.num_processes or 1) > 1)
+    return "LOCAL_RANK" not in os.environ and bool(config.accelerate_config or config.num_processes not in (None, 1))
 
 
 def find_config(name: str) -> Path:
@@ -42,7 +40,7 @@ def command(config: PretrainConfig, verb: str, argv: list[str]) -> list[str]:
     """`accelerate launch` with the verb as it was called; LOCAL_RANK then stops a second round."""
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     path = find_config(config.accelerate_config or "cpu")
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    settings = read_recipe(path)
     num_processes = config.num_processes or settings.get("num_processes", 1)
     return [*launch, "--config_file", str(path), "--num_processes", str(num_processes), "-m", "llmkit", verb, *argv]
 

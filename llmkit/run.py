@@ -63,7 +63,8 @@ def written_beside(folder: Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if is_disk_full(error):
-            free = shutil.disk_usage(folder.parent).free
+            existing = next(parent for parent in folder.absolute().parents if parent.exists())
+            free = shutil.disk_usage(existing).free
             raise config.UserError(
                 f"{folder}: the disk is full ({free / 1e6:.0f} MB free), this save was given up and earlier ones are "
                 "untouched; make room or choose another output_dir"
@@ -72,9 +73,16 @@ def written_beside(folder: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all; raises UserError when the disk is full."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise config.UserError(f"{path}: the disk is full, this file was not written; make room") from None
+        raise
 
 
 def _git_commit() -> str | None:

@@ -11,10 +11,11 @@ Leaves out cleaning and deduplication.
 """
 
 import bisect
+import contextlib
 import hashlib
 import json
 import os
-import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,23 +75,19 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
     ]
 
 
-def build_store(
+def _write_store(
     docs: Iterable[Doc],
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     source_hash: str,
     where: str,
-    on_progress: Callable[[int], None] = lambda num_docs: None,
-) -> Store:
-    """Tokenises documents into `folder`. Raises UserError when there is no text, or when an id is <unk>."""
+    on_progress: Callable[[int], None],
+) -> None:
     dtype = np.dtype("<u2" if len(tokenizer) <= 65536 else "<u4")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     ends: list[int] = []
     log_probs: list[float | None] = []
     num_tokens = num_bytes = num_empty = 0
-    with (partial / NAME).open("wb") as file:
+    with (folder / NAME).open("wb") as file:
         for batch in _batched(docs, 1024):
             kept = [doc for doc in batch if doc.text]
             num_empty += len(batch) - len(kept)
@@ -106,13 +103,12 @@ def build_store(
                 file.write(np.asarray([*ids, tokenizer.eos_token_id], dtype).tobytes())
             on_progress(len(kept))
     if not ends:
-        shutil.rmtree(partial)
         raise UserError(f"{where}: no text in it ({num_empty} empty documents); point at a file or split that has some")
-    np.asarray(ends, "<u8").tofile(partial / f"{NAME}.index")
+    np.asarray(ends, "<u8").tofile(folder / f"{NAME}.index")
     if all(p is not None for p in log_probs):
-        np.asarray(log_probs, "<f8").tofile(partial / f"{NAME}.logprob")
+        np.asarray(log_probs, "<f8").tofile(folder / f"{NAME}.logprob")
     name = tokenizer.name_or_path or "llmkit"
-    (partial / f"{NAME}.metadata").write_text(
+    (folder / f"{NAME}.metadata").write_text(
         f"{Path(name).name}|{dtype.itemsize}\n{num_tokens}\n{num_tokens / 1e6:.3f} MT"
     )
     manifest = {
@@ -124,9 +120,25 @@ def build_store(
         "num_bytes": num_bytes,
         "num_empty_documents_skipped": num_empty,
     }
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(partial, folder)
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+def build_store(
+    docs: Iterable[Doc],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    source_hash: str,
+    where: str,
+    on_progress: Callable[[int], None] = lambda num_docs: None,
+) -> Store:
+    """Tokenises documents into `folder`. Raises UserError when there is no text, or when an id is <unk>."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        partial = Path(scratch) / folder.name  # not the scratch folder itself, which only its owner may read
+        partial.mkdir()
+        _write_store(docs, tokenizer, partial, source_hash, where, on_progress)
+        with contextlib.suppress(OSError):  # another run was first
+            os.rename(partial, folder)
     return open_store(folder, tokenizer)
 
 
@@ -150,10 +162,13 @@ def open_store(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Store:
     try:
         header, count = Path(f"{path}.metadata").read_text().splitlines()[:2]
         ends = np.fromfile(f"{path}.index", "<u8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: .index or .metadata cannot be read ({error}); tokenise the corpus again") from None
-    tokens = np.memmap(path, np.dtype(f"<u{header.rsplit('|', 1)[-1]}"), mode="r")
-    if not len(ends) or ends[-1] != len(tokens) or int(count) != len(tokens):
+        tokens = np.memmap(path, np.dtype(f"<u{header.rsplit('|', 1)[-1]}"), mode="r")
+        num_tokens = int(count)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path}: the file, .index or .metadata is damaged ({error}); tokenise the corpus again"
+        ) from None
+    if not len(ends) or ends[-1] != len(tokens) or num_tokens != len(tokens):
         raise UserError(
             f"{path}: holds {len(tokens)} tokens, its index says {int(ends[-1]) if len(ends) else 0}; tokenise again"
         )
@@ -179,15 +194,20 @@ def _hash(path: Path) -> str:
 def _check_sample(store: Store, tokenizer: PreTrainedTokenizerBase, num_docs: int = 4) -> None:
     """Decodes a few documents and tokenises them again: another tokenizer or a changed one gives other ids."""
     for i in range(min(num_docs, len(store.ends))):
-        ids = store.tokens[store.starts[i] : int(store.ends[i])][:2000].tolist()
-        if max(ids) >= len(tokenizer):
+        *body, last = store.tokens[store.starts[i] : int(store.ends[i])].tolist()
+        if max(body, default=0) >= len(tokenizer):
             raise UserError(
-                f"{store.folder}: document {i} has id {max(ids)} of {len(tokenizer)}; set its tokenizer_name"
+                f"{store.folder}: document {i} has id {max(body)} of {len(tokenizer)}; set its tokenizer_name"
             )
-        body = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
-        whole = ids[-1] == tokenizer.eos_token_id
-        again = _encode(tokenizer, [tokenizer.decode(body)])[0]
-        if whole and body and again != body:
+        if last != tokenizer.eos_token_id:
+            raise UserError(
+                f"{store.folder}: document {i} ends with id {last}, not with EOS ({tokenizer.eos_token_id}); "
+                "set its tokenizer_name, or tokenise again with EOS (datatrove: eos_token=)"
+            )
+        head = body[:2000]
+        num_sure = len(body) if len(body) <= 2000 else 1000  # the last words of a cut text may split otherwise
+        again = _encode(tokenizer, [tokenizer.decode(head, clean_up_tokenization_spaces=False)])[0]
+        if body and again[:num_sure] != head[:num_sure]:
             raise UserError(
                 f"{store.folder}: document {i} tokenises to other ids now; tokenise again or set its tokenizer_name"
             )
@@ -221,8 +241,9 @@ def plan_rows(store: Store, context: int) -> RowPlan:
     """
     path = store.folder / f"rows-{context}.npz"
     capacity = context + 1
-    if path.exists():
-        saved = np.load(path)
+    digest = hashlib.sha256(store.ends.tobytes()).hexdigest()  # datatrove may have written the store anew
+    saved = np.load(path) if path.exists() else {}
+    if "ends" in saved and str(saved["ends"]) == digest:
         return RowPlan(saved["pieces"], saved["rows"], int(saved["num_restarts"]), capacity)
     lengths = store.ends.astype(np.int64) - store.starts
     num_pieces = -(-lengths // context)  # a piece holds at most `context` tokens, its BOS takes the other place
@@ -232,8 +253,8 @@ def plan_rows(store: Store, context: int) -> RowPlan:
     length = np.minimum(context, store.ends.astype(np.int64)[document] - start)
     order, rows = _best_fit(length + 1, capacity)
     plan = RowPlan(np.stack([start, length, document], 1)[order], rows, int((nth > 0).sum()), capacity)
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, pieces=plan.pieces, rows=plan.rows, num_restarts=plan.num_restarts)
+    partial = path.with_suffix(f".{os.getpid()}.npz")
+    np.savez(partial, pieces=plan.pieces, rows=plan.rows, num_restarts=plan.num_restarts, ends=np.array(digest))
     os.replace(partial, path)
     return plan
 

@@ -14,11 +14,12 @@ import glob
 import hashlib
 import json
 import re
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import UserError
+from ..config import UserError, _allowed, _fits
 from . import toyworld
 
 SUFFIXES = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -45,26 +46,41 @@ class Source:
     shard: str | None = None  # the name of a validation shard in reports
 
 
+def _ignored_keys(source: Source) -> list[str]:
+    """Keys that were given and would have no effect on this kind of source."""
+    if source.path.startswith("builtin/"):
+        unused = ["data_files", "columns", "sample_by", "streaming"]
+    elif builder := _builder(source):
+        unused = ["name", "streaming", "columns" if builder == "text" else "sample_by"]
+    else:
+        unused = ["sample_by"]
+    defaults = {field.name: field.default for field in dataclasses.fields(Source)}
+    return [key for key in unused if getattr(source, key) != defaults[key]]
+
+
 def parse_sources(entries: list, key: str) -> list[Source]:
     """The entries of a recipe's list; raises UserError naming the entry and what is wrong with it."""
-    names = [field.name for field in dataclasses.fields(Source)]
+    hints = typing.get_type_hints(Source)
     sources = []
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
             raise UserError(
                 f"{key}[{i}]={entry!r}: expected a mapping with a `path`, e.g. {{path: text, data_files: x.txt}}"
             )
-        for name in entry:
-            if name not in names:
-                raise UserError(f"{key}[{i}]: unknown key {name!r}; allowed: {', '.join(names)}")
+        for name, value in entry.items():
+            if name not in hints:
+                raise UserError(f"{key}[{i}]: unknown key {name!r}; allowed: {', '.join(hints)}")
+            if not _fits(value, hints[name]):
+                found = type(value).__name__
+                raise UserError(f"{key}[{i}]: {name}={value!r} is {found}; allowed: {_allowed(hints[name])}")
         if entry.get("sample_by", "document") not in ("document", "paragraph", "line"):
             raise UserError(f"{key}[{i}]: sample_by={entry['sample_by']!r}; allowed: document, paragraph, line")
         fraction = entry.get("fraction")
-        if fraction is not None and (
-            isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or fraction <= 0
-        ):
+        if fraction is not None and fraction <= 0:
             raise UserError(f"{key}[{i}]: fraction={fraction!r}; allowed: a number above 0")
         sources.append(Source(**entry))
+        for name in _ignored_keys(sources[-1]):
+            raise UserError(f"{key}[{i}]: {name}={entry[name]!r} has no effect on path={entry['path']!r}; remove it")
     with_fraction = [source.fraction is not None for source in sources]
     if any(with_fraction) and not all(with_fraction):
         raise UserError(f"{key}: give `fraction` for every entry or for none")
@@ -89,17 +105,18 @@ def _files(source: Source, data_dir: Path) -> list[Path]:
     patterns = source.data_files if source.data_files is not None else source.path
     paths: list[Path] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = sorted(glob.glob(str(data_dir / Path(pattern).expanduser()), recursive=True))
+        matches = sorted(glob.glob(str(data_dir / Path(pattern).expanduser()), recursive=True))
+        found = [Path(name) for name in matches if Path(name).is_file()]
         if not found:
             raise UserError(
                 f"data_files={pattern!r}: no such file under {str(data_dir)!r}; "
                 "put it there or name another folder with --data_dir"
             )
-        paths += [Path(name) for name in found if Path(name).is_file()]
+        paths += found
     return paths
 
 
-def _builder(source: Source, data_dir: Path) -> str | None:
+def _builder(source: Source) -> str | None:
     """text, json, csv or parquet for local files; None for a Hub id."""
     if source.path in BUILDERS:
         if source.data_files is None:
@@ -136,9 +153,9 @@ def _text_documents(source: Source, paths: list[Path]) -> Iterator[str]:
     for path in paths:
         text = read_text(path)
         if source.sample_by == "line":
-            docs += [line for line in text.splitlines() if line]
+            docs += [line for line in re.split(r"\r\n|\r|\n", text) if line]  # splitlines() cuts at U+2028, \f, ... too
         elif source.sample_by == "paragraph":
-            docs += [part for part in re.split(r"\n\s*\n", text) if part.strip()]
+            docs += [part for part in re.split(r"\r?\n\s*\n", text) if part.strip()]
         else:
             docs.append(text)
     yield from docs[_bound(start, len(docs), 0) : _bound(stop, len(docs), len(docs))]
@@ -159,7 +176,7 @@ def _rows(source: Source, builder: str | None, paths: list[Path]) -> Any:
         for path in paths:
             if builder in ("json", "csv"):
                 read_text(path)  # a clearer reason, where it is the encoding
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = (str(error.__cause__ or error).strip() or "nothing in it").splitlines()[0]
         if builder is None:
             raise UserError(
                 f"path={source.path!r}: could not be loaded from the Hub ({reason}); check the id and the network, or "
@@ -168,14 +185,16 @@ def _rows(source: Source, builder: str | None, paths: list[Path]) -> Any:
         raise UserError(f"{paths[0]}: cannot be read as {builder} ({reason}); check the file") from None
 
 
-def _column(source: Source, names: list[str] | None, row: dict) -> str:
+def _where(source: Source) -> str:
+    return f"path={source.path!r}" + (f" data_files={source.data_files!r}" if source.data_files is not None else "")
+
+
+def _column(source: Source, row: dict) -> str:
     wanted = source.columns or ["text"]
     if len(wanted) != 1:
-        raise UserError(f"path={source.path!r}: columns={wanted!r}; pretraining reads exactly one text column")
-    if wanted[0] not in (names or row):
-        raise UserError(
-            f"path={source.path!r}: no column {wanted[0]!r}; found {', '.join(names or row)}; set `columns:`"
-        )
+        raise UserError(f"{_where(source)}: columns={wanted!r}; pretraining reads exactly one text column")
+    if wanted[0] not in row:
+        raise UserError(f"{_where(source)}: no column {wanted[0]!r}; found {', '.join(row)}; set `columns:`")
     return wanted[0]
 
 
@@ -184,19 +203,23 @@ def documents(source: Source, data_dir: Path) -> Iterator[Doc]:
     if source.path.startswith("builtin/"):
         yield from _toyworld(source)
         return
-    builder = _builder(source, data_dir)
+    builder = _builder(source)
     paths = _files(source, data_dir) if builder else []
     if builder == "text":
         yield from (Doc(text, None) for text in _text_documents(source, paths))
         return
     column = None
-    for i, row in enumerate(_rows(source, builder, paths)):
-        column = column or _column(source, None, row)
-        if not isinstance(row[column], str):
-            raise UserError(
-                f"path={source.path!r} row {i}: {column}={row[column]!r} is not text; drop or mend that row"
-            )
-        yield Doc(row[column], None)
+    try:
+        for i, row in enumerate(_rows(source, builder, paths)):
+            column = column or _column(source, row)
+            text = row[column]
+            if not isinstance(text, str):
+                raise UserError(f"{_where(source)} row {i}: {column}={text!r} is not text; drop or mend that row")
+            yield Doc(text, None)
+    except UnicodeDecodeError as error:  # pyarrow finds it only when the row is read
+        for path in paths if builder != "parquet" else []:
+            read_text(path)
+        raise UserError(f"{_where(source)}: not UTF-8 ({error.reason}); convert the text") from None
 
 
 def _toyworld(source: Source) -> Iterator[Doc]:
@@ -223,7 +246,7 @@ def source_fingerprint(source: Source, data_dir: Path) -> str:
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     if source.path.startswith("builtin/"):
         digest.update(Path(toyworld.__file__).read_bytes())
-    elif builder := _builder(source, data_dir):
+    elif builder := _builder(source):
         for path in _files(source, data_dir):
             digest.update(builder.encode())
             with path.open("rb") as file:

@@ -10,6 +10,7 @@ pre-tokeniser by name ("qwen2"). A char-level vocabulary cannot become GGUF. Lea
 """
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -99,7 +100,9 @@ def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over everything that decides ids: vocabulary, merges, splitting, special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    core = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    core = repr(sorted(tokenizer.get_vocab().items()))
+    if backend is not None:  # less the padding and truncation of the last call
+        core = json.dumps(json.loads(backend.to_str()) | {"padding": None, "truncation": None})
     return hashlib.sha256(f"{core}{tokenizer.special_tokens_map}".encode()).hexdigest()
 
 

@@ -34,55 +34,30 @@ class World:
     mishaps: tuple[tuple[str, str], ...]  # what happened to the thing, how the owner felt
     foods: tuple[str, ...]
     towns: dict[str, dict[str, str]]  # town -> topic -> fact
-    num_town_facts: int = 3
+    num_town_facts: int = 4
     num_sums: int = 4
     largest_number: int = 20
 
 
-def _towns() -> dict[str, dict[str, str]]:
-    """Sixteen towns; every fact is a fixed function of the town, spread so that no fact tells the town."""
-    names = ("Alda Borin Cresk Dulmo Elva Farno Gritt Holm Ibsa Jorva Kelt Lumo Mirra Norda Ostry Pell").split()
-    values = {
-        "region": ["north", "south", "east", "west"],
-        "river": ["Aren", "Bolda", "Cinna", "Drave", "Esk"],
-        "food": ["beans", "bread", "cheese", "fish", "plums", "rice", "soup"],
-        "animal": ["bear", "crow", "deer", "fox", "owl", "wolf"],
-        "craft": ["boats", "clocks", "drums", "ropes", "shoes"],
-        "colour": ["blue", "green", "red", "white", "yellow"],
-    }
-    return {
-        name: {
-            topic: options[(i * (3 * t + 5) + i // 4 + t) % len(options)]
-            for t, (topic, options) in enumerate(values.items())
-        }
-        for i, name in enumerate(names)
-    }
-
+TOPICS = ("region", "river", "food", "animal", "craft", "colour")
+TOWNS = """
+Alda    north  Aren   fish    crow  ropes   blue
+Borin   south  Cinna  beans   bear  drums   white
+Cresk   east   Drave  cheese  fox   boats   green
+Dulmo   west   Bolda  rice    owl   clocks  yellow
+Elva    south  Aren   soup    deer  shoes   green
+Holm    north  Esk    bread   wolf  boats   red
+Lumo    east   Cinna  plums   fox   clocks  white
+Norda   west   Esk    beans   crow  shoes   yellow
+Ostry   south  Drave  fish    owl   drums   red
+Pell    north  Bolda  cheese  deer  ropes   blue
+"""
 
 WORLD = World(
-    people=tuple((n, SHE) for n in ["Ada", "Bea", "Cora", "Dina", "Emma", "Fay", "Gina", "Hana", "Ines", "Jane"])
-    + tuple((n, HE) for n in ["Abel", "Ben", "Carl", "Dan", "Eric", "Finn", "Gus", "Hugo", "Ivan", "Jack"]),
-    things=tuple(
-        [
-            "ball",
-            "book",
-            "boat",
-            "bag",
-            "cup",
-            "coat",
-            "doll",
-            "drum",
-            "hat",
-            "kite",
-            "lamp",
-            "map",
-            "ring",
-            "rope",
-            "scarf",
-            "toy",
-        ]
-    ),
-    colours=tuple(["black", "blue", "brown", "green", "grey", "pink", "red", "white"]),
+    people=tuple((name, SHE) for name in ("Ada Bea Cora Dina Emma Fay Gina Hana Ines Jane").split())
+    + tuple((name, HE) for name in ("Abel Ben Carl Dan Eric Finn Gus Hugo Ivan Jack").split()),
+    things=tuple(("ball book boat bag cup coat doll drum hat kite lamp map ring rope scarf toy").split()),
+    colours=tuple(("black blue brown green grey pink red white").split()),
     places=(
         ("the beach", "under a boat"),
         ("the park", "behind a tree"),
@@ -93,10 +68,13 @@ WORLD = World(
         ("the farm", "in the barn"),
         ("the library", "between two shelves"),
     ),
-    weathers=tuple(["sunny", "rainy", "windy", "cold", "warm", "foggy"]),
+    weathers=tuple(("sunny rainy windy cold warm foggy").split()),
     mishaps=(("was lost", "sad"), ("was stolen", "angry"), ("fell down", "worried"), ("was left behind", "upset")),
-    foods=tuple(["apples", "eggs", "figs", "nuts", "pears", "plums"]),
-    towns=_towns(),
+    foods=tuple(("apples eggs figs nuts pears plums").split()),
+    towns={
+        name: dict(zip(TOPICS, values, strict=True))
+        for name, *values in (line.split() for line in TOWNS.strip().splitlines())
+    },
 )
 
 

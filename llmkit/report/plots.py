@@ -3,19 +3,30 @@
 Owns pictures drawn from the JSON files of a run folder; imports no stage.
 """
 
+import contextlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """The rows of metrics.jsonl; a line that a full disk cut short is left out with a warning."""
+    path, rows = folder / "metrics.jsonl", []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    if len(rows) < len(lines):
+        warnings.warn(f"{path}: skipped {len(lines) - len(rows)} of {len(lines)} lines, not JSON", stacklevel=2)
+    return rows
 
 
 def plot_losses(folder: Path) -> Path:
     """Training loss and every validation shard against steps, with the true entropy of a shard as a dashed line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     rows = read_metrics(folder)
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -45,6 +56,8 @@ def plot_losses(folder: Path) -> Path:
     axes.grid(alpha=0.25, which="both")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)
+    for text in figure.findobj(Text):  # a folder or shard may be called a$b$: that is no formula
+        text.set_parse_math(False)
     path = folder / "loss.png"
     figure.savefig(path)
     return path

@@ -7,7 +7,7 @@ import pytest
 
 from llmkit.data import toyworld
 from llmkit.data.sources import Source, documents
-from llmkit.data.toyworld import HE, SHE, World, derivations, document, log_prob
+from llmkit.data.toyworld import HE, SHE, WORLD, World, derivations, document, log_prob
 
 TINY = World(
     people=(("Ada", SHE), ("Abel", HE)),
@@ -17,23 +17,23 @@ TINY = World(
     weathers=("sunny",),
     mishaps=(("was lost", "sad"), ("fell down", "worried")),
     foods=("eggs", "figs"),
-    towns={name: toyworld.WORLD.towns[name] for name in ("Alda", "Borin", "Cresk")},
+    towns=dict(list(WORLD.towns.items())[:3]),
     num_town_facts=2,
     num_sums=2,
     largest_number=3,
 )
 # hero 2, colour 3, thing 2, place 2, meeting 2, mishap 2, question 1 + 2 wrong colours, end 2
-# towns 3 * 2, twice: 3 topics * 2 wordings * 2 topics left * 2 wordings; hero 2, start 4, food 2, twice: 3 changes * 2 verbs
+# towns 3 * 2, twice: 3 topics * 2 wordings * 2 topics left * 2 wordings
+# hero 2, start 4, food 2, twice: 3 changes * 2 verbs
 NUM_TEXTS = {"stories": 576, "facts": 6 * 24**2, "arithmetic": 16 * 6**2}
 KINDS = list(NUM_TEXTS)
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def language(request):
+@pytest.fixture(params=KINDS)
+def language(request, monkeypatch):
     """Kind and all derivations of the tiny world, with three topics to talk about."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toyworld, "TOWN_FACTS", dict(list(toyworld.TOWN_FACTS.items())[:3]))
-        yield request.param, list(derivations(request.param, TINY))
+    monkeypatch.setattr(toyworld, "TOWN_FACTS", dict(list(toyworld.TOWN_FACTS.items())[:3]))
+    return request.param, list(derivations(request.param, TINY))
 
 
 def test_all_texts_of_a_small_world_are_distinct_and_their_probabilities_sum_to_one(language):
@@ -64,7 +64,9 @@ STORY = re.compile(
     r"(?: (?P=hero) thanked (?P=friend) and left (?P=place) with (?:her|his) (?P=colour) (?P=thing)\."
     r"| S?[Hh]e smiled and said: thank you, (?P=friend)!)"
 )
-FACTS = re.compile(r"\w+ is a small town\.(?: [^.]+\.){3} Another town is \w+\.(?: [^.]+\.){3}")
+FACTS = re.compile(
+    r"\w+ is a small town\.(?: [^.]+\.){N} Another town is \w+\.(?: [^.]+\.){N}".replace("N", str(WORLD.num_town_facts))
+)
 START = re.compile(r"\w+ has (\d+) \w+\.")
 CHANGE = re.compile(r" Then s?he (gets|finds|eats|sells) (\d)( more)?, so now s?he has (\d+)\.")
 
@@ -76,7 +78,8 @@ def surprise_by_hand(kind: str, text: str) -> float:
         return math.log(20 * 8 * 16 * 6 * 8 * 19 * 2 * 4 * 2 * asked * 2)
     if kind == "facts":
         assert FACTS.fullmatch(text)
-        return math.log(16 * 15) + 2 * math.log((6 * 2) * (5 * 2) * (4 * 2))
+        num_towns, topics_and_wordings = len(WORLD.towns), (6 * 2, 5 * 2, 4 * 2, 3 * 2)[: WORLD.num_town_facts]
+        return math.log(num_towns * (num_towns - 1) * math.prod(topics_and_wordings) ** 2)
     start = START.match(text)
     count, options = int(start[1]), 20 * 21 * 6
     changes = CHANGE.findall(text)
@@ -113,22 +116,21 @@ def test_document_is_a_pure_function_of_its_arguments():
     first = [document(kind, "train", i) for kind in KINDS for i in range(20)]
     again = [document(kind, "train", i) for kind in reversed(KINDS) for i in reversed(range(20))]
     assert first == again[::-1]
-    variants = [document("stories", split, i, seed) for split in ("train", "validation") for i in (0, 1) for seed in (0, 1)]
+    variants = [
+        document("stories", split, i, seed) for split in ("train", "validation") for i in (0, 1) for seed in (0, 1)
+    ]
     assert len({doc.text for doc in variants}) == 8
 
 
 def test_a_town_fact_never_changes():
-    said: dict[tuple[str, str], set[str]] = {}
+    said: dict[tuple[str, str], set[str]] = {}  # town, sentence less its last word -> last words
     for i in range(300):
-        town = ""
-        for sentence in document("facts", "train", i).text.rstrip(".").split(". "):
-            opening = re.fullmatch(r"(\w+) is a small town|Another town is (\w+)", sentence)
-            if opening:
-                town = opening[1] or opening[2]
-            else:
-                wording = re.sub(r"(Aren|Bolda|Cinna|Drave|Esk|\w+)$", "_", sentence)
-                said.setdefault((town, wording), set()).add(sentence)
-    assert len(said) > 150 and all(len(sentences) == 1 for sentences in said.values())
+        for part in re.split(r" Another town is ", document("facts", "train", i).text):
+            town, *sentences = part.replace(" is a small town", "").rstrip(".").split(". ")
+            for sentence in sentences:
+                head, _, fact = sentence.rpartition(" ")
+                said.setdefault((town, head), set()).add(fact)
+    assert len(said) == len(WORLD.towns) * 12 and all(len(facts) == 1 for facts in said.values())
 
 
 def test_no_validation_document_of_the_recipe_occurs_in_its_training_documents():
