@@ -10,7 +10,7 @@ import signal
 import sys
 from typing import Any
 
-from . import __version__, config
+from . import __version__, config, run
 
 # verb -> (module, config class, what it does)
 VERBS: dict[str, tuple[str, type, str]] = {
@@ -80,6 +80,12 @@ def main(argv: list[str] | None = None) -> int:
         return dispatch(sys.argv[1:] if argv is None else argv)
     except config.UserError as error:
         print("llmkit:", *str(error).split("\n"), file=sys.stderr)  # one line, whatever a library put into it
+        return 2
+    except OSError as error:
+        if not (run.is_disk_full(error) or isinstance(error, (NotADirectoryError, PermissionError))):
+            raise
+        reason = "the disk is full" if run.is_disk_full(error) else error.strerror
+        print(f"llmkit: {error.filename or 'writing'}: {reason}; make room or choose another folder", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("llmkit: interrupted", file=sys.stderr)

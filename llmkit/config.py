@@ -233,7 +233,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _unknown(key: str, known: list[str], verb: str) -> str:
     if key in RENAMED:
-        return f"key {key!r} is not used any more; write {RENAMED[key]}"
+        return f"key {key!r} has another name here; write {RENAMED[key]}"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"nearest: {near[0]!r}" if near else f"`llmkit help {verb}` lists all keys"
     try:  # only on the way to an error: seconds of import

@@ -22,9 +22,11 @@ def closed_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def guarded(self: socket.socket, address):
             is_inet = self.family in (socket.AF_INET, socket.AF_INET6)
-            if is_inet and address[0] not in ("localhost", "::1", socket.gethostname()):
-                if not address[0].startswith("127."):
-                    raise RuntimeError(f"tests keep sockets closed, and this one connects to {address}")
+            is_local = is_inet and (
+                address[0] in ("localhost", "::1", socket.gethostname()) or address[0].startswith("127.")
+            )
+            if is_inet and not is_local:
+                raise RuntimeError(f"tests keep sockets closed, and this one connects to {address}")
             return connect(self, address)
 
         return guarded

@@ -105,7 +105,7 @@ def test_a_training_argument_that_we_lack_is_called_that(key):
 
 @pytest.mark.parametrize("key", RENAMED)
 def test_a_renamed_key_names_todays(key):
-    assert refusal(f"--{key}", "1") == f"--{key}: key {key!r} is not used any more; write {RENAMED[key]}"
+    assert refusal(f"--{key}", "1") == f"--{key}: key {key!r} has another name here; write {RENAMED[key]}"
 
 
 def test_renamed_keys_are_no_keys_and_point_at_keys():

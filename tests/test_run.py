@@ -83,10 +83,10 @@ def test_an_earlier_folder_is_never_replaced(tmp_path):
 def test_a_full_disk_is_the_users_to_mend_and_costs_no_earlier_save(error, tmp_path):
     with written_beside(tmp_path / "step-1") as partial:
         (partial / "a").write_text("1")
-    with pytest.raises(UserError, match=r"step-2: the disk is full \(\d+ MB free\)"):
-        with written_beside(tmp_path / "step-2") as partial:
-            (partial / "a").write_text("2")
-            raise error
+    is_full = pytest.raises(UserError, match=r"step-2: the disk is full \(\d+ MB free\)")
+    with is_full, written_beside(tmp_path / "step-2") as partial:
+        (partial / "a").write_text("2")
+        raise error
     assert contents(tmp_path) == {"step-1/a": b"1"}
 
 

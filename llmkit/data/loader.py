@@ -185,6 +185,11 @@ def _mixture_pattern(fractions: list[float], period: int = 1000) -> NDArray[np.i
     share = np.asarray(fractions) / sum(fractions)
     counts = np.floor(share * period).astype(int)
     counts[np.argsort(counts - share * period)[: period - counts.sum()]] += 1
+    if not counts.all():
+        smallest = fractions[int(np.argmin(share))]
+        raise UserError(
+            f"fraction={smallest} is under 1 row in {period}, so it would never be read; raise or remove it"
+        )
     pattern, given = np.empty(period, np.int64), np.zeros(len(share))
     for k in range(period):
         owed = np.where(given < counts, share * (k + 1) - given, -np.inf)

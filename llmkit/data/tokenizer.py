@@ -78,13 +78,15 @@ def train_char(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     return _wrap(core, special, unk_token=UNK)
 
 
-def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str, trust_remote_code: bool = False, key: str = "tokenizer_name"
+) -> PreTrainedTokenizerBase:
     """Any Hub or local tokenizer; raises UserError when there is none, or when it has no EOS to end documents with."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"tokenizer_name={name_or_path!r}: no tokenizer could be loaded ({str(error).splitlines()[0]}); "
+            f"{key}={name_or_path!r}: no tokenizer could be loaded ({str(error).splitlines()[0]}); "
             "give a folder with tokenizer.json or a Hub id that is in reach"
         ) from None
     if tokenizer.eos_token_id is None:

@@ -36,7 +36,7 @@ class World:
     towns: dict[str, dict[str, str]]  # town -> topic -> fact
     num_town_facts: int = 4
     num_sums: int = 4
-    largest_number: int = 20
+    largest_number: int = 15
 
 
 TOPICS = ("region", "river", "food", "animal", "craft", "colour")
@@ -44,12 +44,12 @@ TOWNS = """
 Alda    north  Aren   fish    crow  ropes   blue
 Borin   south  Cinna  beans   bear  drums   white
 Cresk   east   Drave  cheese  fox   boats   green
-Dulmo   west   Bolda  rice    owl   clocks  yellow
+Dulmo   west   Bolda  rice    hare   clocks  yellow
 Elva    south  Aren   soup    deer  shoes   green
 Holm    north  Esk    bread   wolf  boats   red
 Lumo    east   Cinna  plums   fox   clocks  white
 Norda   west   Esk    beans   crow  shoes   yellow
-Ostry   south  Drave  fish    owl   drums   red
+Ostry   south  Drave  fish    hare   drums   red
 Pell    north  Bolda  cheese  deer  ropes   blue
 """
 

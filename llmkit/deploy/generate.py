@@ -63,7 +63,7 @@ def main(config: GenerateConfig) -> Result:
         model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model_name_or_path={path!r}: cannot be loaded ({str(error).splitlines()[0]})") from None
-    tokenizer = load_tokenizer(path, config.trust_remote_code)
+    tokenizer = load_tokenizer(path, config.trust_remote_code, "model_name_or_path")
     device = detect(config.use_cpu)
     model.to(device.type).eval()
 

@@ -75,7 +75,7 @@ def score_rows(model: nn.Module, rows: Rows, batch_size: int, eos_token_id: int,
     for i, arrays in enumerate(rows.sweep(batch_size)):
         if i % world_size != rank:
             continue
-        batch = {key: torch.from_numpy(np.ascontiguousarray(value)).to(device) for key, value in arrays.items()}
+        batch = {key: torch.from_numpy(np.array(value)).to(device) for key, value in arrays.items()}
         losses = token_losses(model, batch, isolate=rows.plan is not None).double()
         labels = batch["shift_labels"]
         is_label = labels != IGNORE

@@ -8,13 +8,16 @@ Leaves out the loop and everything written into the run folder.
 import difflib
 import itertools
 import logging
+import math
+import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +32,24 @@ from ..run import resolve_model_dir
 BPE_SAMPLE_DOCUMENTS = 20_000  # a BPE of a few thousand merges does not change with more
 
 
+# keys, what their value must be, how to say it
+BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
+    (
+        "max_length per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps "
+        "eval_steps save_steps save_total_limit sample_max_new_tokens ngram_order lora_r lora_alpha",
+        lambda v: v >= 1,
+        "1 or more",
+    ),
+    (
+        "learning_rate muon_learning_rate weight_decay warmup_steps max_grad_norm max_steps seed data_seed",
+        lambda v: 0 <= v < math.inf,
+        "0 or more",
+    ),
+    ("adam_beta1 adam_beta2 muon_momentum lora_dropout", lambda v: 0 <= v < 1, "0 or more, below 1"),
+    ("adam_epsilon", lambda v: v > 0, "above 0"),
+]
+
+
 def check_config(config: PretrainConfig) -> None:
     """Raises UserError for settings that conflict or would be ignored."""
     if not config.output_dir:
@@ -39,23 +60,38 @@ def check_config(config: PretrainConfig) -> None:
         )
     if config.model_name_or_path and config.config_overrides:
         raise UserError("config_overrides has no effect with model_name_or_path; remove one of them")
-    for key in (
-        "max_length per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-        "logging_steps eval_steps save_steps save_total_limit sample_max_new_tokens"
-    ).split():
-        value = getattr(config, key)
-        if value is not None and value < 1:
-            raise UserError(f"{key}={value}; allowed: 1 or more")
-    for key in ["learning_rate", "muon_learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "max_steps"]:
-        if getattr(config, key) < 0:
-            raise UserError(f"{key}={getattr(config, key)}; allowed: 0 or more")
-    unknown = set(config.lr_scheduler_kwargs) - {"num_decay_steps", "min_lr_ratio"}
-    if unknown:
-        raise UserError(f"lr_scheduler_kwargs: unknown key {min(unknown)!r}; allowed: num_decay_steps, min_lr_ratio")
+    if config.ngram_order and len(config.datasets) > 1:
+        raise UserError(f"ngram_order={config.ngram_order} counts one training source; set it to null for a mixture")
+    for keys, is_allowed, allowed in BOUNDS:
+        for key in keys.split():
+            value = getattr(config, key)
+            if value is not None and not is_allowed(value):
+                raise UserError(f"{key}={value}; allowed: {allowed}")
+    if not config.max_steps and config.num_train_epochs <= 0:
+        raise UserError(f"num_train_epochs={config.num_train_epochs}; allowed: above 0, or set max_steps")
+    for key, value in config.lr_scheduler_kwargs.items():
+        if key not in ("num_decay_steps", "min_lr_ratio"):
+            raise UserError(f"lr_scheduler_kwargs: unknown key {key!r}; allowed: num_decay_steps, min_lr_ratio")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+            raise UserError(f"lr_scheduler_kwargs.{key}={value!r}; allowed: a number, 0 or more")
+    for prompt in config.sample_prompts:
+        if not isinstance(prompt, str):
+            raise UserError(f"sample_prompts: {prompt!r} is {type(prompt).__name__}; allowed: text, in quotes")
+
+
+def check_engine() -> None:
+    """Raises UserError for the sharding engines: Accelerate would turn them into plain DDP on a CPU without a word."""
+    for name in ("DEEPSPEED", "FSDP"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            raise UserError(
+                f"accelerate_config: {name} does not run under pretrain yet; allowed: cpu, single_gpu, multi_gpu"
+            )
 
 
 def quiet_libraries() -> None:
     """Silences what a user cannot act on, each at its source."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed else warns, at import, that it found no GPU
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*", module="peft.*")
@@ -69,7 +105,8 @@ def get_tokenizer(config: PretrainConfig, sources: list[Source], data_dir: Path)
     """The named tokenizer, the checkpoint's own, or one trained on the training data (never on validation text)."""
     if config.tokenizer_name or config.model_name_or_path:
         name = config.tokenizer_name or resolve_model_dir(config.model_name_or_path or "")
-        return load_tokenizer(name, config.trust_remote_code)
+        key = "tokenizer_name" if config.tokenizer_name else "model_name_or_path"
+        return load_tokenizer(name, config.trust_remote_code, key)
     if config.tokenizer_type == "char":
         return train_char(_training_texts(sources, data_dir))
     return train_bpe(itertools.islice(_training_texts(sources, data_dir), BPE_SAMPLE_DOCUMENTS), config.vocab_size)
@@ -139,6 +176,9 @@ def _fresh_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, att
         raise UserError(
             f"config_overrides: {config.model_type} has no {unknown[0]!r}" + (f"; nearest: {near[0]!r}" if near else "")
         )
+    for key, value in config.config_overrides.items():
+        if isinstance(value, int) and value < 0 and key.startswith(("num_", "n_", "hidden_", "vocab_")):
+            raise UserError(f"config_overrides: {key}={value}; allowed: 0 or more")
     length_key = "n_positions" if hasattr(blank, "n_positions") else "max_position_embeddings"
     settings = {
         "vocab_size": len(tokenizer),
@@ -150,7 +190,7 @@ def _fresh_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, att
     try:
         model_config = transformers.AutoConfig.for_model(config.model_type, **settings)
         return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, **attention)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ArithmeticError, ImportError, RuntimeError, StrictDataclassError, TypeError, ValueError) as error:
         cause = error.__cause__ or error
         raise UserError(f"config_overrides: {' '.join(str(cause).split())}") from None
 
@@ -167,7 +207,10 @@ def _add_lora(model: PreTrainedModel, config: PretrainConfig) -> PreTrainedModel
         target_modules=config.lora_target_modules,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise UserError(f"lora_target_modules={config.lora_target_modules!r}: {' '.join(str(error).split())}") from None
 
 
 def flops_per_token(model: PreTrainedModel, context: int) -> float:

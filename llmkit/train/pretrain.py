@@ -34,7 +34,16 @@ from ..hardware import Device, cpu_seconds, detect, peak_memory_bytes
 from ..report.console import shard_table
 from ..report.plots import plot_losses
 from ..run import Result, Run, check_output_dir
-from .build import check_config, check_disk, flops_per_token, get_model, get_store, get_tokenizer, quiet_libraries
+from .build import (
+    check_config,
+    check_disk,
+    check_engine,
+    flops_per_token,
+    get_model,
+    get_store,
+    get_tokenizer,
+    quiet_libraries,
+)
 from .checkpoint import save_checkpoint, save_run_model
 from .optim import build_optimizer, lr_factor, set_learning_rate
 
@@ -63,6 +72,7 @@ class Job:
 def main(config: PretrainConfig) -> Result:
     """Checks the inputs, prepares data and model, trains, writes the run folder. Raises UserError."""
     check_config(config)
+    check_engine()
     quiet_libraries()
     folder, data_dir = Path(config.output_dir), Path(config.data_dir)
     store_dir = Path(config.store_dir) if config.store_dir else folder.parent / "data"
@@ -342,8 +352,6 @@ def _finish(job: Job, scores: dict[str, ShardScore], tokens: int, train_s: float
     config, run, say = job.config, job.run, job.console.print
     counts: dict[str, float] = {}
     if config.ngram_order and job.accelerator.is_main_process:
-        if len(job.loader.sources) > 1:
-            raise UserError("ngram_order counts one training source; set it to null for a mixture")
         ngram = NgramModel(job.loader.sources[0].store, config.ngram_order, bos_id(job.tokenizer), len(job.tokenizer))
         counts = {name: ngram.loss(rows.store) for name, rows in job.shards.items()}
     shards = {name: score.to_dict() for name, score in scores.items()}

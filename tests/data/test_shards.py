@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llmkit.config import UserError
+from llmkit.data import shards
 from llmkit.data.shards import open_store, plan_rows
 from llmkit.data.tokenizer import train_bpe, train_char
 
@@ -64,7 +65,7 @@ def test_store_equals_what_datatrove_writes(write_with_datatrove, make_store, le
 
 
 def test_store_written_by_datatrove_opens_and_refuses_another_tokenizer(write_with_datatrove, make_store, bpe):
-    texts = ["the cat sat on the mat", "x" * 3000]
+    texts = ["the dog ran after the cat, and the mat sat", "x" * 3000]
     folder = write_with_datatrove(texts, bpe)
     store = open_store(folder, bpe)
     assert (store.tokens == make_store(texts, bpe).tokens).all() and store.manifest["num_bytes"] is None
@@ -151,8 +152,10 @@ def ragged(make_store):
     return make_store(["".join(rng.choice(list("abcdefgh"), n)) for n in rng.integers(1, 51, 200)])
 
 
+@pytest.mark.parametrize("table_sizes", [0, 1000], ids=["best_fit", "table"])
 @pytest.mark.parametrize("context", [1, 2, 16, 50, 51, 300])
-def test_row_plan_holds_every_token_once_and_no_row_overflows(ragged, context):
+def test_row_plan_holds_every_token_once_and_no_row_overflows(ragged, monkeypatch, context, table_sizes):
+    monkeypatch.setattr(shards, "TABLE_SIZES", table_sizes)
     plan = plan_rows(ragged, context)
     start, length, document = plan.pieces.T
     places = np.concatenate([np.arange(s, s + n) for s, n in zip(start, length, strict=True)])
@@ -168,12 +171,29 @@ def test_row_plan_holds_every_token_once_and_no_row_overflows(ragged, context):
     assert best <= plan.num_rows <= 11 / 9 * best + 1  # best-fit decreasing (Johnson 1974); the bound is to the optimum
 
 
-def test_row_plan_of_a_hand_worked_corpus(make_store):
+@pytest.mark.parametrize("table_sizes", [0, 1000], ids=["best_fit", "table"])
+def test_row_plan_of_a_hand_worked_corpus(make_store, monkeypatch, table_sizes):
     """With BOS and EOS: 4, 5, 3 and, cut in two, 8 + 4 places; rows of 8 hold 8, 5 + 3 and 4 + 4."""
+    monkeypatch.setattr(shards, "TABLE_SIZES", table_sizes)
     plan = plan_rows(make_store(["ab", "cde", "f", "ghijklmno"]), context=7)
     rows = [plan.pieces[a:b].tolist() for a, b in zip(plan.rows[:-1], plan.rows[1:], strict=True)]
     assert rows == [[[9, 7, 3]], [[3, 4, 1], [7, 2, 2]], [[0, 3, 0], [16, 3, 3]]]
     assert (plan.num_restarts, plan.utilisation) == (1, 1.0)
+
+
+@pytest.mark.parametrize(
+    "texts, context, table_sizes, expected",
+    [
+        (["e", "ab", "ghijk"], 10, 0, [[2, 1], [0]]),  # places 3, 4, 7 into 11: the longest that fits
+        (["e", "ab", "ghijk"], 10, 1000, [[2, 1], [0]]),
+        (["ab", "cd", "e", "f"], 9, 0, [[0, 1], [2, 3]]),  # places 4, 4, 3, 3 into 10
+        (["ab", "cd", "e", "f"], 9, 1000, [[0, 2, 3], [1]]),  # the table sees that 4 + 3 + 3 leaves nothing empty
+    ],
+)
+def test_rows_are_filled_as_well_as_they_can_be(make_store, monkeypatch, texts, context, table_sizes, expected):
+    monkeypatch.setattr(shards, "TABLE_SIZES", table_sizes)
+    plan = plan_rows(make_store(texts), context)
+    assert [plan.pieces[a:b, 2].tolist() for a, b in zip(plan.rows[:-1], plan.rows[1:], strict=True)] == expected
 
 
 def test_row_plan_is_cached_per_context_and_reloads_equal(ragged):

@@ -1,0 +1,144 @@
+"""The measurement against a naive loop: each document alone after a BOS, or plain windows of the stream."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_model
+
+from llmkit.data.loader import Rows
+from llmkit.data.shards import build_store
+from llmkit.data.sources import Doc
+from llmkit.data.tokenizer import train_char
+from llmkit.evaluate.perplexity import score_rows
+
+BOS, EOS, PAD = 0, 1, 2
+CONTEXT = 12
+TEXTS = ["ab", "hgfedcba", "é", "a" * 30, "cafébabe", "bad cab", "gh" * 7, "f", "deaf dad", "bead"]
+
+
+@pytest.fixture
+def make_rows(tmp_path):
+    def make(packing, log_probs=None, texts=TEXTS):
+        docs = [Doc(text, log_probs[i] if log_probs else None) for i, text in enumerate(texts)]
+        tokenizer = train_char(["abcdefgh é"])
+        store = build_store(docs, tokenizer, tmp_path / f"{packing}{bool(log_probs)}", "hash", "somewhere")
+        return Rows(store, CONTEXT, packing, BOS, PAD)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@torch.no_grad()
+def surprise(model, ids: list[int]) -> np.ndarray:
+    """-log p in nats of ids[1:], in float64 from the logits of one row alone."""
+    log_p = model(torch.tensor([ids[:-1]]), use_cache=False).logits[0].double().log_softmax(-1)
+    return -log_p[range(len(ids) - 1), ids[1:]].numpy()
+
+
+def naive_documents(model, store) -> list[np.ndarray]:
+    """Per document the surprise of each token; longer documents in pieces that each open with a BOS."""
+    out = []
+    for start, end in zip(store.starts, store.ends.astype(int), strict=True):
+        ids = store.tokens[start:end].tolist()
+        pieces = [ids[at : at + CONTEXT] for at in range(0, len(ids), CONTEXT)]
+        out.append(np.concatenate([surprise(model, [BOS, *piece]) for piece in pieces]))
+    return out
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_packed_loss_equals_each_document_alone(model, make_rows, batch_size):
+    rows = make_rows("bos_bestfit")
+    alone = naive_documents(model, rows.store)
+    score = score_rows(model, rows, batch_size, EOS)
+    assert score.num_tokens == rows.store.num_tokens == sum(map(len, alone))
+    assert score.loss == pytest.approx(np.concatenate(alone).mean(), abs=1e-5)
+    assert (score.entropy, score.gap, score.gap_stderr) == (None, None, None)
+
+
+@pytest.mark.filterwarnings(
+    "error"
+)  # a window of its own batch was a read-only array, and torch complained to the user
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_contiguous_loss_equals_naive_windows(model, make_rows, batch_size):
+    rows = make_rows("contiguous")
+    stream = rows.store.tokens.tolist()
+    windows = [surprise(model, stream[at : at + CONTEXT + 1]) for at in range(0, len(stream) - 1, CONTEXT)]
+    score = score_rows(model, rows, batch_size, EOS)
+    assert score.num_tokens == len(stream) - 1
+    assert score.loss == pytest.approx(np.concatenate(windows).mean(), abs=1e-5)
+
+
+@pytest.mark.parametrize("packing", ["bos_bestfit", "contiguous"])
+def test_bits_per_byte_leave_eos_out_and_count_utf8_bytes(model, make_rows, packing):
+    rows = make_rows(packing)
+    num_bytes = sum(map(len, TEXTS)) + 2  # two é of two bytes
+    if packing == "bos_bestfit":
+        nats = sum(part[:-1].sum() for part in naive_documents(model, rows.store))
+    else:
+        stream = rows.store.tokens.tolist()
+        windows = [surprise(model, stream[at : at + CONTEXT + 1]) for at in range(0, len(stream) - 1, CONTEXT)]
+        nats = np.concatenate(windows)[np.array(stream[1:]) != EOS].sum()
+    expected = nats / math.log(2) / num_bytes
+    assert score_rows(model, rows, 3, EOS).bits_per_byte == pytest.approx(expected, abs=1e-5)
+
+
+def test_uniform_model_scores_ln_V_and_as_many_bits(make_rows):
+    uniform = tiny_model()
+    torch.nn.init.zeros_(uniform.lm_head.weight)
+    score = score_rows(uniform, make_rows("bos_bestfit"), 4, EOS)
+    num_letters = sum(map(len, TEXTS))
+    assert score.loss == pytest.approx(math.log(97), abs=1e-6)
+    assert score.bits_per_byte == pytest.approx(num_letters * math.log2(97) / (num_letters + 2), abs=1e-5)
+
+
+def test_gap_and_its_standard_error_come_from_documents(model, make_rows):
+    log_probs = [-2.5 * i - 1 for i in range(len(TEXTS))]
+    rows = make_rows("bos_bestfit", log_probs)
+    excess = [part.sum() + log_p for part, log_p in zip(naive_documents(model, rows.store), log_probs, strict=True)]
+    score = score_rows(model, rows, 3, EOS)
+    n, mean = len(excess), sum(excess) / len(excess)
+    assert score.entropy == pytest.approx(-sum(log_probs) / rows.store.num_tokens)
+    assert score.gap == pytest.approx(sum(excess) / rows.store.num_tokens, abs=1e-5)
+    variance = sum((x - mean) ** 2 for x in excess) / (n - 1)
+    assert score.gap_stderr == pytest.approx(math.sqrt(n * variance) / rows.store.num_tokens, abs=1e-5)
+    assert list(score.to_dict()) == ["loss", "bits_per_byte", "entropy", "gap_stderr"]
+
+
+def test_contiguous_entropy_is_known_and_its_error_is_not(model, make_rows):
+    score = score_rows(model, make_rows("contiguous", [-1.0] * len(TEXTS)), 4, EOS)
+    assert score.entropy is not None and score.gap_stderr is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_scoring_leaves_the_model_as_it_was_and_without_dropout(make_rows, training):
+    model = tiny_model(attention_dropout=0.5).train(training)
+    rows = make_rows("bos_bestfit")
+    scores = [score_rows(model, rows, 2, EOS).loss for _ in range(2)]
+    assert model.training == training and all(m.training == training for m in model.modules())
+    assert scores[0] == scores[1] == score_rows(tiny_model(), rows, 2, EOS).loss
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_processes_share_the_batches_and_their_sums_agree(model, make_rows):
+    class Part:
+        num_processes = 3
+
+        def __init__(self, rank, sums):
+            self.process_index, self.sums = rank, sums
+
+        def reduce(self, x):
+            self.sums.append(x)
+            return x
+
+    rows, parts = make_rows("bos_bestfit", [-1.0] * len(TEXTS)), []
+    for rank in range(3):
+        parts.append([])
+        score_rows(model, rows, 1, EOS, Part(rank, parts[-1]))
+    (nats, _, count), whole = sum(sums[0] for sums in parts).tolist(), score_rows(model, rows, 1, EOS)
+    assert (nats / count, count) == (pytest.approx(whole.loss, abs=1e-12), whole.num_tokens)
