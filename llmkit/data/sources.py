@@ -240,6 +240,21 @@ def _toyworld(source: Source) -> Iterator[Doc]:
         yield Doc(*toyworld.document(kinds[i % len(kinds)], split, i))
 
 
+def _hub_revision(source: Source) -> str:
+    """The commit of a streamed data set, or the fingerprint of a downloaded one."""
+    if not source.streaming:
+        return str(_rows(source, None, [])._fingerprint)
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(source.path).sha)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"path={source.path!r}: cannot be streamed from the Hub ({reason}); check id and network"
+        ) from None
+
+
 def source_fingerprint(source: Source, data_dir: Path) -> str:
     """SHA-256 that changes with the documents: file contents, Hub revision, or the code of toyworld."""
     described = dataclasses.asdict(dataclasses.replace(source, fraction=None, shard=None))
@@ -252,7 +267,5 @@ def source_fingerprint(source: Source, data_dir: Path) -> str:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     else:
-        rows = _rows(source, None, [])
-        digest.update(str(getattr(rows, "_fingerprint", "")).encode())
-        digest.update(str(getattr(rows.info, "download_checksums", "")).encode())
+        digest.update(_hub_revision(source).encode())
     return digest.hexdigest()

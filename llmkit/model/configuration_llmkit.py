@@ -66,6 +66,9 @@ class LlmkitConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        for key in ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise ValueError(f"{key}={value}; allowed: 1 or more")
         heads = self.num_attention_heads
         if self.head_dim is None:
             if self.hidden_size % heads:

@@ -6,6 +6,7 @@ Leaves out the loop and everything written into the run folder.
 """
 
 import difflib
+import hashlib
 import itertools
 import logging
 import math
@@ -26,8 +27,8 @@ from .. import model as ours  # noqa: F401  registers llmkit with the Auto class
 from ..config import PretrainConfig, UserError
 from ..data.shards import NAME, Store, build_store, open_store
 from ..data.sources import Source, documents, source_fingerprint
-from ..data.tokenizer import fingerprint, load_tokenizer, train_bpe, train_char
-from ..run import resolve_model_dir
+from ..data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, train_bpe, train_char
+from ..run import resolve_model_dir, written_beside
 
 BPE_SAMPLE_DOCUMENTS = 20_000  # a BPE of a few thousand merges does not change with more
 
@@ -101,15 +102,29 @@ def _training_texts(sources: list[Source], data_dir: Path) -> Iterator[str]:
     return (doc.text for source in sources for doc in documents(source, data_dir))
 
 
-def get_tokenizer(config: PretrainConfig, sources: list[Source], data_dir: Path) -> PreTrainedTokenizerBase:
-    """The named tokenizer, the checkpoint's own, or one trained on the training data (never on validation text)."""
+def get_tokenizer(
+    config: PretrainConfig, sources: list[Source], data_dir: Path, store_dir: Path
+) -> PreTrainedTokenizerBase:
+    """The named tokenizer, the checkpoint's own, or one trained on the training data (never on validation text).
+
+    A trained one is kept in `store_dir`, under the hash of its text, so that every rank and run has the same.
+    """
     if config.tokenizer_name or config.model_name_or_path:
         name = config.tokenizer_name or resolve_model_dir(config.model_name_or_path or "")
         key = "tokenizer_name" if config.tokenizer_name else "model_name_or_path"
         return load_tokenizer(name, config.trust_remote_code, key)
-    if config.tokenizer_type == "char":
-        return train_char(_training_texts(sources, data_dir))
-    return train_bpe(itertools.islice(_training_texts(sources, data_dir), BPE_SAMPLE_DOCUMENTS), config.vocab_size)
+    kind = "char" if config.tokenizer_type == "char" else f"bpe{config.vocab_size}"
+    text_hash = hashlib.sha256("".join(source_fingerprint(source, data_dir) for source in sources).encode())
+    folder = store_dir / f"tokenizer-{kind}-{text_hash.hexdigest()[:12]}"
+    if not folder.exists():
+        texts = _training_texts(sources, data_dir)
+        if config.tokenizer_type == "char":
+            tokenizer = train_char(texts)
+        else:
+            tokenizer = train_bpe(itertools.islice(texts, BPE_SAMPLE_DOCUMENTS), config.vocab_size)
+        with written_beside(folder) as partial:
+            save_tokenizer(tokenizer, partial)
+    return load_tokenizer(str(folder))
 
 
 def get_store(

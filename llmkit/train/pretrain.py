@@ -89,7 +89,7 @@ def main(config: PretrainConfig) -> Result:
         raise UserError(f"eval_datasets: shard names {names} are not all different; set `shard:` on each")
 
     with accelerator.main_process_first():  # rank 0 writes the stores, the others find them
-        tokenizer = get_tokenizer(config, sources, data_dir)
+        tokenizer = get_tokenizer(config, sources, data_dir, store_dir)
         stores = [get_store(source, data_dir, store_dir, tokenizer, console) for source in [*sources, *eval_sources]]
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         rows = [Rows(store, config.max_length, config.packing_strategy, bos_id(tokenizer), pad) for store in stores]
@@ -136,6 +136,9 @@ def _announce(job: Job, train_rows: list[Rows]) -> None:
     )
     plan = train_rows[0].plan
     use = f", rows {plan.utilisation:.1%} used, {plan.num_restarts:,} restarts" if plan and len(train_rows) == 1 else ""
+    skipped = sum(rows.store.manifest.get("num_empty_documents_skipped", 0) for rows in train_rows)
+    if skipped:
+        say(f"data      skipped {skipped:,} empty documents")
     say(f"data      {num_tokens:,} tokens in {job.loader.num_rows:,} rows of {c.max_length}{use}")
     say(
         f"plan      {job.max_steps:,} steps of {job.loader.rows_per_step} rows, "

@@ -81,11 +81,11 @@ def surprise_by_hand(kind: str, text: str) -> float:
         num_towns, topics_and_wordings = len(WORLD.towns), (6 * 2, 5 * 2, 4 * 2, 3 * 2)[: WORLD.num_town_facts]
         return math.log(num_towns * (num_towns - 1) * math.prod(topics_and_wordings) ** 2)
     start = START.match(text)
-    count, options = int(start[1]), 20 * 21 * 6
+    count, options = int(start[1]), 20 * 16 * 6
     changes = CHANGE.findall(text)
     assert len(changes) == 4 and START.sub("", text, count=1) == "".join(m[0] for m in CHANGE.finditer(text))
     for verb, size, more, total in changes:
-        options *= 2 * (min(9, count) + min(9, 20 - count))  # two verbs; ways down, ways up
+        options *= 2 * (min(9, count) + min(9, 15 - count))  # two verbs; ways down, ways up
         count += int(size) if verb in ("gets", "finds") else -int(size)
         assert count == int(total) and bool(more) == (verb in ("gets", "finds"))
     return math.log(options)
