@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,25 @@ def _git_commit() -> str | None:
         return out.stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         return None
+
+
+def command_name() -> str:
+    """How to call llmkit from here: the bare name where it is on the PATH."""
+    if shutil.which("llmkit"):
+        return "llmkit"
+    called = Path(sys.argv[0])
+    return os.path.relpath(called) if called.name == "llmkit" else f"{os.path.relpath(sys.executable)} -m llmkit"
+
+
+def quiet_libraries() -> None:
+    """Silences what a user cannot act on, each at its source."""
+    import torch
+    import transformers
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed else warns, at import, that it found no GPU
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*", module="peft.*")
 
 
 def versions() -> dict[str, str]:

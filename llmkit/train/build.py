@@ -8,11 +8,9 @@ Leaves out the loop and everything written into the run folder.
 import difflib
 import hashlib
 import itertools
-import logging
 import math
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -87,15 +85,6 @@ def check_engine() -> None:
             raise UserError(
                 f"accelerate_config: {name} does not run under pretrain yet; allowed: cpu, single_gpu, multi_gpu"
             )
-
-
-def quiet_libraries() -> None:
-    """Silences what a user cannot act on, each at its source."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed else warns, at import, that it found no GPU
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*", module="peft.*")
 
 
 def _training_texts(sources: list[Source], data_dir: Path) -> Iterator[str]:

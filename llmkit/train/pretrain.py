@@ -33,7 +33,7 @@ from ..evaluate.perplexity import ShardScore, score_rows, token_losses
 from ..hardware import Device, cpu_seconds, detect, peak_memory_bytes
 from ..report.console import shard_table
 from ..report.plots import plot_losses
-from ..run import Result, Run, check_output_dir
+from ..run import Result, Run, check_output_dir, command_name
 from .build import (
     check_config,
     check_disk,
@@ -221,8 +221,7 @@ def fit(job: Job) -> Result:
                     "wall_s": round(time.perf_counter() - started, 2),
                 }
                 run.log(row)
-                if tracker:
-                    tracker.log(row, step=done)
+                _track(tracker, row)
                 if not math.isfinite(mean_loss):
                     raise UserError(
                         f"loss is {mean_loss} at step {done}: the run stops, nothing was saved over; "
@@ -302,8 +301,7 @@ def _evaluate(job: Job, step: int, tracker: Any) -> dict[str, ShardScore]:
     if job.accelerator.is_main_process:
         row["samples"] = [write_sample(job, prompt) for prompt in job.config.sample_prompts]
         job.run.log(row)
-        if tracker:
-            tracker.log({key: value for key, value in row.items() if key != "samples"}, step=step)
+        _track(tracker, row)
         losses = "  ".join(f"{name} {score.loss:.4f}" for name, score in scores.items())
         if losses:
             job.console.print(f"eval {step:>6,}/{job.max_steps:,}  {losses}")
@@ -350,6 +348,12 @@ def _start_tracker(config: PretrainConfig) -> Any:
     return trackio.init(project=config.project, name=config.run_name or Path(config.output_dir).name)
 
 
+def _track(tracker: Any, row: dict[str, Any]) -> None:
+    if tracker:
+        numbers = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
+        tracker.log(numbers, step=row["step"])
+
+
 def _finish(job: Job, scores: dict[str, ShardScore], tokens: int, train_s: float, train_cpu_s: float) -> Result:
     """Writes result.json and the plot; says the loss and gap of every shard, the time, and what to do next."""
     config, run, say = job.config, job.run, job.console.print
@@ -391,9 +395,10 @@ def _finish(job: Job, scores: dict[str, ShardScore], tokens: int, train_s: float
         f"{result.wall_s:.0f} s in all"
     )
     say(f"model     {run.model_dir}   curves  {plot}")
-    say(f"try it    llmkit generate --model_name_or_path {run.folder} --max_new_tokens 100")
+    llmkit = command_name()
+    say(f"try it    {llmkit} generate --model_name_or_path {run.folder} --max_new_tokens 100")
     if job.bare_model.config.model_type == "llmkit":
         name = "qwen3" if job.bare_model.config.qk_norm else "llama"
         say("share it  outside llmkit the folder needs trust_remote_code=True; a plain copy for everything else:")
-        say(f"          llmkit export --model_name_or_path {run.folder} --to {name} --output_dir {run.folder}/{name}")
+        say(f"          {llmkit} export --model_name_or_path {run.folder} --to {name} --output_dir {run.folder}/{name}")
     return result

@@ -217,6 +217,7 @@ def test_resizing_the_vocabulary_keeps_the_old_tokens(tied):
     assert model(torch.full((1, 4), 127), labels=torch.full((1, 4), 127), use_cache=False).loss.isfinite()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "backend",
     ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)],  # 63 s of C++ builds

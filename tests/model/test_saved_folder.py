@@ -98,6 +98,7 @@ def test_folder_carries_its_code_and_no_sampling_settings(tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).head_dim == 8
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("shape", ["nanochat_like"])
 def test_folder_runs_exactly_equal_in_a_process_without_llmkit(shape, tmp_path):
     model, ids = tiny_model(**SHAPES[shape]), random_ids(2, 12)

@@ -249,6 +249,7 @@ def test_deploy_refuses_in_one_line(argv, expected, work, capsys):
     assert contents(work) == before
 
 
+@pytest.mark.medium
 def test_nothing_else_reaches_stderr_in_a_process_of_its_own(work):
     """Libraries log to the stderr of their import time, which capsys does not see."""
     root = Path(__file__).parent.parent.parent
