@@ -10,13 +10,12 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from .. import model as ours
 from ..config import ExportConfig, UserError
 from ..data.tokenizer import load_tokenizer
 from ..model.convert import TARGETS, to_plain
-from ..run import Result, resolve_model_dir, written_beside
+from ..run import Result, quiet_libraries, resolve_model_dir, written_beside
 
 
 @torch.no_grad()
@@ -31,7 +30,7 @@ def main(config: ExportConfig) -> Result:
     folder = Path(config.output_dir)
     if folder.exists():
         raise UserError(f"output_dir={str(folder)!r}: exists already; choose another or remove it")
-    logging.disable_progress_bar()
+    quiet_libraries()
     path = resolve_model_dir(config.model_name_or_path)
     try:
         model = AutoModelForCausalLM.from_pretrained(path).eval()

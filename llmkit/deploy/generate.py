@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TextStreamer
-from transformers.utils import logging
 
 from .. import model as ours  # noqa: F401  registers llmkit with the Auto classes
 from ..config import GenerateConfig, UserError
 from ..data.tokenizer import bos_id, load_tokenizer
 from ..hardware import cpu_seconds, detect
-from ..run import Result, resolve_model_dir
+from ..run import Result, quiet_libraries, resolve_model_dir
 
 
 class _Stdout(TextStreamer):
@@ -56,7 +55,7 @@ def check_config(config: GenerateConfig) -> None:
 def main(config: GenerateConfig) -> Result:
     """Prints prompt and continuation as they come; says on stderr how many tokens and how fast."""
     check_config(config)
-    logging.disable_progress_bar()
+    quiet_libraries()
     started = time.perf_counter()
     path = resolve_model_dir(config.model_name_or_path)
     try:

@@ -33,7 +33,7 @@ from ..evaluate.perplexity import ShardScore, score_rows, token_losses
 from ..hardware import Device, cpu_seconds, detect, peak_memory_bytes
 from ..report.console import shard_table
 from ..report.plots import plot_losses
-from ..run import Result, Run, check_output_dir, command_name
+from ..run import Result, Run, check_output_dir, command_name, quiet_libraries
 from .build import (
     check_config,
     check_disk,
@@ -42,7 +42,6 @@ from .build import (
     get_model,
     get_store,
     get_tokenizer,
-    quiet_libraries,
 )
 from .checkpoint import save_checkpoint, save_run_model
 from .optim import build_optimizer, lr_factor, set_learning_rate
