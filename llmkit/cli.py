@@ -1,16 +1,17 @@
 """The front desk: `llmkit <verb> recipe.yaml --key value`.
 
-Owns the verb table and the exit codes: 0 done, 1 crashed, 2 the user's mistake (one line), 130 interrupted.
+Owns the verb table and the exit codes: 0 done, 1 crashed, 2 the user's mistake (one line), 130 interrupted,
+141 when nobody reads the output any more (`llmkit help x | head -1`).
 Leaves out everything heavy: a verb's module is imported when the verb runs.
 """
 
 import importlib
 import os
-import signal
+import select
 import sys
 from typing import Any
 
-from . import __version__, config, run
+from . import __version__, config, launch, run
 
 # verb -> (module, config class, what it does)
 VERBS: dict[str, tuple[str, type, str]] = {
@@ -57,8 +58,6 @@ def dispatch(argv: list[str]) -> int:
     module, cls, _ = VERBS[verb]
     settings: Any = config.load(cls, rest, verb)
     if cls is config.PretrainConfig:
-        from . import launch
-
         if launch.is_wanted(settings):
             return launch.relaunch(settings, verb, rest)
         if launch.is_main():
@@ -73,20 +72,33 @@ def dispatch(argv: list[str]) -> int:
     return 0
 
 
+def _is_stdout_closed() -> bool:
+    """The reader of our output is gone; a BrokenPipeError may also come from a socket, and that is a crash."""
+    poll = select.poll()
+    poll.register(1, 0)  # errors and hang-ups are reported unasked
+    return bool(poll.poll(0))
+
+
 def main(argv: list[str] | None = None) -> int:
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL) if hasattr(signal, "SIGPIPE") else None  # `llmkit help x | head`
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        return dispatch(sys.argv[1:] if argv is None else argv)
+        code = dispatch(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # here, since at exit nobody could catch what it raises
+        return code
+    except BrokenPipeError:
+        if not _is_stdout_closed():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
+        return 141
     except config.UserError as error:
-        print("llmkit:", *str(error).split("\n"), file=sys.stderr)  # one line, whatever a library put into it
+        launch.say_error(" ".join(["llmkit:", *str(error).split("\n")]))  # one line, whatever a library put into it
         return 2
     except OSError as error:
         if not (run.is_disk_full(error) or isinstance(error, (NotADirectoryError, PermissionError))):
             raise
         reason = "the disk is full" if run.is_disk_full(error) else error.strerror
-        print(f"llmkit: {error.filename or 'writing'}: {reason}; make room or choose another folder", file=sys.stderr)
+        launch.say_error(f"llmkit: {error.filename or 'writing'}: {reason}; make room or choose another folder")
         return 2
     except KeyboardInterrupt:
-        print("llmkit: interrupted", file=sys.stderr)
+        launch.say_error("llmkit: interrupted")
         return 130

@@ -6,6 +6,7 @@ Leaves out how many processes run: that is Accelerate's.
 
 import os
 import platform
+import re
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,16 +17,18 @@ from .config import UserError
 if TYPE_CHECKING:
     import torch
 
-# dense bf16 peak in FLOP/s, from the vendors' data sheets (without sparsity); the first name that matches counts
+# dense bf16 peak in FLOP/s, from the vendors' data sheets (without sparsity); the first matching name counts
 PEAK_BF16 = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "B200": 2250e12,
     "A100": 312e12,
     "A10G": 70e12,
     "A40": 150e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
@@ -35,13 +38,13 @@ PEAK_BF16 = {
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator or the CPU; `peak_flops` is for the dtype that the matrix products run in."""
+    """One accelerator or the CPU; `peak_flops` is for the dtype in use: bf16 on a GPU, float32 on a CPU."""
 
     type: str  # cuda, mps or cpu
     name: str
     bf16: bool
     num_threads: int
-    peak_flops: float | None  # None: not known, MFU is then left out
+    peak_flops: float | None  # None: not known for this device in this dtype, MFU is then left out
 
     def __str__(self) -> str:
         peak = f", {self.peak_flops / 1e12:.3g} TFLOP/s peak" if self.peak_flops else ""
@@ -71,6 +74,11 @@ def measured_cpu_flops(size: int = 768) -> float:
     return 2 * size**3 / best
 
 
+def peak_bf16(name: str) -> float | None:
+    """FLOP/s of a GPU by its name, as whole words: an RTX A4000 is no A40. None for a card that is not listed."""
+    return next((flops for key, flops in PEAK_BF16.items() if re.search(rf"\b{re.escape(key)}\b", name)), None)
+
+
 def detect(use_cpu: bool = False, bf16: bool | None = None) -> Device:
     """The device to train on. Raises UserError when bf16 is asked for and the device has none in hardware."""
     import torch
@@ -78,13 +86,14 @@ def detect(use_cpu: bool = False, bf16: bool | None = None) -> Device:
     if not use_cpu and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         has_bf16 = torch.cuda.get_device_capability()[0] >= 8
-        peak = next((flops for key, flops in PEAK_BF16.items() if key in name), None)
-        device = Device("cuda", name, has_bf16 if bf16 is None else bf16, torch.get_num_threads(), peak)
+        uses_bf16 = has_bf16 if bf16 is None else bf16
+        device = Device("cuda", name, uses_bf16, torch.get_num_threads(), peak_bf16(name) if uses_bf16 else None)
     elif not use_cpu and torch.backends.mps.is_available():
         has_bf16, device = True, Device("mps", platform.processor(), bool(bf16), torch.get_num_threads(), None)
     else:  # autocast to bf16 helps only where the CPU multiplies in it
         has_bf16 = bool(torch.backends.cpu.get_cpu_capability() and _cpu_has_bf16())
-        device = Device("cpu", _cpu_name(), bool(bf16), torch.get_num_threads(), measured_cpu_flops())
+        peak = None if bf16 else measured_cpu_flops()
+        device = Device("cpu", _cpu_name(), bool(bf16), torch.get_num_threads(), peak)
     if bf16 and not has_bf16:
         raise UserError(f"bf16=true: {device.type} ({device.name}) has no bfloat16 arithmetic; set bf16: false or null")
     return device

@@ -1,6 +1,7 @@
 """Several processes: relaunches the verb under Accelerate's launcher.
 
-Owns `accelerate_config: NAME|PATH` and `num_processes: N`. A name is a file of accelerate_configs/.
+Owns `accelerate_config: NAME|PATH` and `num_processes: N`, and that the ranks say a mistake once.
+A name is a file of accelerate_configs/.
 Starting under `accelerate launch ... -m llmkit pretrain recipe.yaml` works too, then nothing is relaunched.
 
 On CPUs `accelerate launch` starts a single process unless there is MPI, so there it is torchrun's launcher (gloo).
@@ -9,12 +10,15 @@ On CPUs `accelerate launch` starts a single process unless there is MPI, so ther
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from .config import PretrainConfig, UserError, read_recipe
 
 CONFIGS = Path(__file__).resolve().parent.parent / "accelerate_configs"
 LAUNCHED = ("LLMKIT_LAUNCHED", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")  # ours, torchrun's, accelerate launch's
+ERROR_FILE = "LLMKIT_ERROR_FILE"  # names the file where a rank writes its one line, for the process that launched it
 
 
 def is_main() -> bool:
@@ -37,28 +41,81 @@ def find_config(name: str) -> Path:
     return path
 
 
-def _default_config() -> str:
+def _has_gpu() -> bool:
     import torch
 
-    return "multi_gpu" if torch.cuda.is_available() else "cpu"
+    return torch.cuda.is_available()
 
 
-def command(config: PretrainConfig, verb: str, argv: list[str]) -> list[str]:
-    """The launcher's command line, with the verb as it was called."""
-    path = find_config(config.accelerate_config or _default_config())
+def read_config(config: PretrainConfig) -> tuple[Path, dict[str, Any], int]:
+    """The YAML, what it says, and how many processes to start. Raises UserError for what cannot run here."""
+    name = config.accelerate_config or ("multi_gpu" if not config.use_cpu and _has_gpu() else "cpu")
+    path = find_config(name)
     settings = read_recipe(path)
-    count = str(config.num_processes or settings.get("num_processes", 1))
+    engine = settings.get("distributed_type")
+    if engine in ("DEEPSPEED", "FSDP"):  # check_engine says the same to those who call `accelerate launch`
+        raise UserError(
+            f"accelerate_config: {engine} does not run under pretrain yet; allowed: cpu, single_gpu, multi_gpu"
+        )
+    count = settings.get("num_processes", 1) if config.num_processes is None else config.num_processes
+    if not isinstance(count, int) or count < 1:
+        raise UserError(f"num_processes={count}; allowed: 1 or more")
+    if not settings.get("use_cpu") and not _has_gpu():
+        raise UserError(f"accelerate_config={name}: needs an NVIDIA GPU, this machine has none; allowed here: cpu")
+    return path, settings, count
+
+
+def command(path: Path, settings: dict[str, Any], count: int, verb: str, argv: list[str]) -> list[str]:
+    """The launcher's command line, with the verb as it was called."""
     if settings.get("use_cpu"):
-        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", count]
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     else:
-        launcher = ["accelerate.commands.launch", "--config_file", str(path), "--num_processes", count]
+        launcher = ["accelerate.commands.launch", "--config_file", str(path), "--num_processes", str(count)]
     return [sys.executable, "-m", *launcher, "-m", "llmkit", verb, *argv]
 
 
+def say_error(line: str) -> None:
+    """Prints the one line on stderr, or hands it to the process that launched this one, which prints it once."""
+    path = os.environ.get(ERROR_FILE)
+    if path:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    elif os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line, file=sys.stderr)
+
+
+def _watch(command: list[str], environment: dict[str, str], errors: Path) -> int:
+    """Runs the launcher; its stderr passes through until a rank has said its error: what follows is torchrun's report.
+
+    Stdout is not touched, so progress arrives live. Returns the launcher's exit code.
+    """
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace") as process:
+        assert process.stderr, "asked for a pipe"
+        try:
+            for line in process.stderr:
+                if not errors.stat().st_size:
+                    print(line, end="", file=sys.stderr, flush=True)
+        except BaseException:  # Ctrl-C: the launcher ends its ranks, then this process
+            process.terminate()
+            for _ in process.stderr:  # until the last rank is gone
+                pass
+            raise
+        return process.wait()
+
+
 def relaunch(config: PretrainConfig, verb: str, argv: list[str]) -> int:
-    """Runs the verb in several processes and returns the launcher's exit code."""
-    if config.num_processes is not None and config.num_processes < 1:
-        raise UserError(f"num_processes={config.num_processes}; allowed: 1 or more")
-    threads = max(1, (os.cpu_count() or 1) // (config.num_processes or 1))
-    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {"LLMKIT_LAUNCHED": "1"}
-    return subprocess.run(command(config, verb, argv), env=environment).returncode
+    """Runs the verb in several processes; returns 2 when a rank found the user's mistake, else the launcher's code."""
+    path, settings, count = read_config(config)
+    threads = max(1, (os.cpu_count() or 1) // count)
+    with tempfile.TemporaryDirectory(prefix="llmkit-") as folder:
+        errors = Path(folder) / "error"
+        errors.touch()
+        ours = {"LLMKIT_LAUNCHED": "1", ERROR_FILE: str(errors)}
+        code = _watch(
+            command(path, settings, count, verb, argv), {"OMP_NUM_THREADS": str(threads)} | os.environ | ours, errors
+        )
+        said = errors.read_text(encoding="utf-8").splitlines()
+    if code and said:
+        print(said[0], file=sys.stderr)  # every rank says the same
+        return 2
+    return code

@@ -17,15 +17,18 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from . import __version__, config
 
 PACKAGES = ["torch", "transformers", "accelerate", "datasets", "tokenizers", "trl", "peft", "safetensors", "numpy"]
+LOCK = ".lock"  # in the run folder while a run writes there
 HOLDS_A_RUN = ("model", "adapter", "checkpoints", "result.json")
 
 
@@ -49,20 +52,36 @@ def is_disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
+def _rename(partial: Path, folder: Path, exist_ok: bool) -> None:
+    try:
+        os.rename(partial, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if not exist_ok:
+            raise config.UserError(
+                f"{folder}: exists already, another run is writing there; choose another output_dir"
+            ) from None
+        shutil.rmtree(partial)
+
+
 @contextlib.contextmanager
-def written_beside(folder: Path) -> Iterator[Path]:
+def written_beside(folder: Path, exist_ok: bool = False) -> Iterator[Path]:
     """Yields an empty folder beside `folder`, renamed to it when the block ends well; removed when it does not.
 
     Readers see the whole folder or none. Raises UserError when the disk is full; what was saved before is untouched.
+    Raises UserError, too, when another process was first; `exist_ok` (a cache) takes what that one wrote.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = None
     try:
-        partial.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))  # two writers never share one
+        partial.chmod(0o755)
         yield partial
-        os.rename(partial, folder)
+        _rename(partial, folder, exist_ok)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial:
+            shutil.rmtree(partial, ignore_errors=True)
         if is_disk_full(error):
             existing = next(parent for parent in folder.absolute().parents if parent.exists())
             free = shutil.disk_usage(existing).free
@@ -123,6 +142,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _is_run_folder(folder: Path) -> bool:
+    """Has a manifest that names a stage; the manifest of a token store does not."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and "stage" in manifest
+
+
 def check_output_dir(folder: Path) -> None:
     """Raises UserError when `folder` holds another run, or files that are no run at all."""
     if folder.is_file():
@@ -135,10 +163,33 @@ def check_output_dir(folder: Path) -> None:
             f"output_dir={str(folder)!r}: holds another run ({', '.join(held)}); "
             "choose another --output_dir, or move or remove that folder"
         )
-    if any(folder.iterdir()) and not (folder / "manifest.json").exists():
+    if any(path.name != LOCK for path in folder.iterdir()) and not _is_run_folder(folder):
         raise config.UserError(
             f"output_dir={str(folder)!r}: is not empty and not a run folder; choose another --output_dir"
         )
+
+
+def _lock(folder: Path) -> IO[str]:
+    """An open file that keeps other runs out of `folder` until it is closed, or its process dies."""
+    file = (folder.resolve() / LOCK).open("w")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise config.UserError(
+            f"output_dir={str(folder)!r}: another run is writing there; choose another --output_dir"
+        ) from None
+    except (ImportError, OSError):
+        pass  # Windows, and file systems without locks: nothing to be had there
+    return file
+
+
+def _unlock(file: IO[str]) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(file.name)
+    file.close()
 
 
 class Run:
@@ -147,14 +198,20 @@ class Run:
     def __init__(self, folder: Path, stage: str, is_main: bool = True):
         self.folder, self.stage, self.is_main = folder, stage, is_main
         self.started = time.perf_counter()
+        self.unlock: Callable[[], object] = lambda: None
 
     @classmethod
     def start(cls, folder: Path, stage: str, settings: Any, facts: dict[str, Any], is_main: bool = True) -> "Run":
-        """Creates the folder with recipe and manifest. An earlier run there that saved no weights is replaced."""
+        """Creates the folder with recipe and manifest. An earlier run there that saved no weights is replaced.
+
+        Holds the folder until `finish`, or until the run is dropped after an error. Raises UserError when another does.
+        """
         run = cls(folder, stage, is_main)
         if is_main:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                run.unlock = weakref.finalize(run, _unlock, _lock(folder))
+                check_output_dir(folder)  # again: another run may have finished there since the stage looked
                 (folder / "metrics.jsonl").write_text("")
                 (folder / "recipe.yaml").write_text(config.dump(settings), encoding="utf-8")
                 manifest = {
@@ -186,6 +243,7 @@ class Run:
     def finish(self, result: Result) -> Result:
         if self.is_main:
             write_json(self.folder / "result.json", dataclasses.asdict(result))
+            self.unlock()
         return result
 
 

@@ -1,13 +1,14 @@
 """The front desk: exit codes, help without heavy imports, one line for every mistake."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from llmkit import __version__, cli, config, launch
-from llmkit.config import PretrainConfig, UserError
+from llmkit import __version__, cli, config
+from llmkit.config import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,7 +80,11 @@ def test_exit_codes(error, code, message, monkeypatch, capsys):
         assert (error.name or "Loading this needs") in err and "pip install" in err and "None" not in err
 
 
-@pytest.mark.parametrize("error", [ValueError("ours"), ImportError("no such name", name="llmkit.run")], ids=type)
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("ours"), ImportError("no such name", name="llmkit.run"), BrokenPipeError("of a socket")],
+    ids=type,
+)
 def test_a_crash_of_ours_keeps_its_traceback(error, monkeypatch):
     fake_verb(monkeypatch, error)
     with pytest.raises(type(error)):
@@ -103,48 +108,11 @@ def test_help_and_wrong_types_load_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "[0, 0, 2, 2] []", done.stderr
 
 
-def settings(**keys) -> PretrainConfig:
-    return PretrainConfig(output_dir="x", **keys)
-
-
-def test_a_relaunch_happens_once_and_only_when_asked_for(monkeypatch):
-    asked = [dict(accelerate_config="cpu"), dict(num_processes=2)]
-    assert all(launch.is_wanted(settings(**keys)) for keys in asked)
-    assert not any(launch.is_wanted(settings(**keys)) for keys in ({}, dict(num_processes=1)))
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("RANK", "1")
-    assert not any(launch.is_wanted(settings(**keys)) for keys in asked) and not launch.is_main()
-
-
-def test_the_relaunch_repeats_the_call_under_accelerate(tmp_path):
-    path = tmp_path / "two.yaml"
-    path.write_text("num_processes: 2\n")
-    argv = ["r.yaml", "--accelerate_config", str(path)]
-    command = launch.command(settings(accelerate_config=str(path)), "pretrain", argv)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    assert command == [*launcher, "--config_file", str(path), "--num_processes", "2", "-m", "llmkit", "pretrain", *argv]
-    assert "3" in launch.command(settings(accelerate_config=str(path), num_processes=3), "pretrain", argv)
-
-
-@pytest.mark.parametrize("num_processes", [0, -3])
-def test_fewer_than_one_process_is_refused(num_processes, capsys):
-    """-3 processes once trained with one and said nothing."""
-    assert cli.main(["pretrain", "--output_dir", "x", "--num_processes", str(num_processes)]) == 2
-    assert capsys.readouterr().err == f"llmkit: num_processes={num_processes}; allowed: 1 or more\n"
-
-
-@pytest.mark.parametrize("text", ["", "a: [1\n", "- 1\n"], ids=["empty", "broken", "list"])
-def test_a_broken_accelerate_config_is_one_line(text, tmp_path, capsys):
-    path = tmp_path / "acc.yaml"
-    path.write_text(text)
-    assert cli.main(["pretrain", "--output_dir", "x", "--accelerate_config", str(path)]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith(f"llmkit: {path}: ") and err.count("\n") == 1
-
-
-def test_an_unknown_accelerate_config_lists_the_shipped_ones(tmp_path, monkeypatch):
-    (tmp_path / "zero2.yaml").write_text("a: 1")
-    monkeypatch.setattr(launch, "CONFIGS", tmp_path)
-    assert launch.find_config("zero2") == tmp_path / "zero2.yaml"
-    with pytest.raises(UserError, match=r"^accelerate_config='zeero': no such file; .* or zero2$"):
-        launch.find_config("zeero")
+def test_a_reader_that_leaves_is_no_error():
+    """`llmkit help pretrain | head -1`: the write fails, and what is left in the buffer fails again at exit."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    argv = [sys.executable, "-m", "llmkit", "help", "pretrain"]
+    done = subprocess.run(argv, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

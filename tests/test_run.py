@@ -1,5 +1,6 @@
 """The run folder: whole or not at all, whatever the disk does, and never over another run."""
 
+import contextlib
 import errno
 import json
 import os
@@ -55,18 +56,29 @@ def test_a_failure_leaves_nothing_and_is_not_hidden(error, tmp_path):
     assert raised.value is error and not any(tmp_path.iterdir())
 
 
-def test_what_a_killed_process_left_is_cleared(tmp_path):
-    (tmp_path / ".model.partial").mkdir()
-    (tmp_path / ".model.partial" / "old").write_text("half")
-    with written_beside(tmp_path / "model") as partial:
-        (partial / "a").write_text("1")
-    assert contents(tmp_path) == {"model/a": b"1"}
+@pytest.mark.parametrize("exist_ok", [False, True])
+def test_of_two_writers_the_first_wins(exist_ok, tmp_path):
+    """They shared one partial folder, and each removed the other's files."""
+    refused = contextlib.nullcontext() if exist_ok else pytest.raises(UserError, match="another run is writing there")
+    with refused, written_beside(tmp_path / "model", exist_ok=exist_ok) as late:
+        (late / "a").write_text("late")
+        with written_beside(tmp_path / "model") as partial:
+            (partial / "a").write_text("first")
+        assert (tmp_path / "model").stat().st_mode & 0o777 == 0o755
+    assert contents(tmp_path) == {"model/a": b"first"} and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_error_of_the_block_is_not_taken_for_another_writer(tmp_path):
+    error = OSError(errno.ENOTEMPTY, "Directory not empty")
+    with pytest.raises(OSError) as raised, written_beside(tmp_path / "model", exist_ok=True):
+        raise error
+    assert raised.value is error and not any(tmp_path.iterdir())
 
 
 def test_an_earlier_folder_is_never_replaced(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "a").write_text("old")
-    with pytest.raises(OSError, match="not empty"), written_beside(tmp_path / "model") as partial:
+    with pytest.raises(UserError, match="exists already"), written_beside(tmp_path / "model") as partial:
         (partial / "a").write_text("new")
     assert contents(tmp_path) == {"model/a": b"old"}
 
@@ -205,6 +217,38 @@ def test_output_dir_with_foreign_files_or_a_file_is_refused(tmp_path):
         check_output_dir(tmp_path / "thesis.tex")
     with pytest.raises(UserError, match="cannot be written"):
         Run.start(tmp_path / "thesis.tex" / "run", "pretrain", PretrainConfig(), {})
+
+
+@pytest.mark.parametrize("manifest", ['{"num_tokens": 5}', "5", '["stage"]', "{", ""])
+def test_a_manifest_without_a_stage_makes_no_run_folder(manifest, tmp_path):
+    """`--output_dir` of a token store once wrote a run into it."""
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(UserError, match="is not empty and not a run folder"):
+        check_output_dir(tmp_path)
+
+
+def test_two_runs_never_write_in_one_folder(tmp_path):
+    """The second emptied the metrics of the first, which had no weights yet."""
+    pytest.importorskip("fcntl")
+    first = Run.start(tmp_path, "pretrain", PretrainConfig(), {})
+    first.log({"step": 1})
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=rf"^output_dir='{tmp_path}': another run is writing there; choose another"):
+        Run.start(tmp_path, "pretrain", PretrainConfig(), {})
+    assert contents(tmp_path) == before and ".lock" in before
+    first.finish(RESULT)
+    assert not (tmp_path / ".lock").exists()
+    with pytest.raises(UserError, match=r"holds another run \(result.json\)"):  # finished since the stage looked
+        Run.start(tmp_path, "pretrain", PretrainConfig(), {})
+    assert "metrics.jsonl" in contents(tmp_path) and not (tmp_path / ".lock").exists()
+
+
+def test_the_lock_of_a_killed_or_failed_run_is_no_lock(tmp_path):
+    (tmp_path / ".lock").touch()
+    check_output_dir(tmp_path)
+    run = Run.start(tmp_path, "pretrain", PretrainConfig(), {})
+    del run
+    assert sorted(contents(tmp_path)) == ["manifest.json", "metrics.jsonl", "recipe.yaml"]
 
 
 def test_a_run_folder_stands_for_its_model(tmp_path):

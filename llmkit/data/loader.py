@@ -67,6 +67,11 @@ class Rows:
             )
 
     @property
+    def entropy(self) -> float | None:
+        """True nats per token, or None: not known, or out of reach because documents are cut into several pieces."""
+        return self.store.entropy if self.plan and not self.plan.num_restarts else None
+
+    @property
     def num_rows(self) -> int:
         """contiguous leaves room for a shift: less than two contexts of every epoch are not seen in that epoch."""
         return self.plan.num_rows if self.plan else (self.store.num_tokens - self.context) // self.context

@@ -101,12 +101,19 @@ def _bound(bound: str | None, total: int, default: int) -> int:
     return total * int(bound[:-1]) // 100 if bound.endswith("%") else min(int(bound), total)
 
 
+def _inside(path: Path) -> list[Path]:
+    """The file itself, or the text files of a folder in order of their names."""
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    return [path] if path.is_file() else []
+
+
 def _files(source: Source, data_dir: Path) -> list[Path]:
     patterns = source.data_files if source.data_files is not None else source.path
     paths: list[Path] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matches = sorted(glob.glob(str(data_dir / Path(pattern).expanduser()), recursive=True))
-        found = [Path(name) for name in matches if Path(name).is_file()]
+        found = [file for name in matches for file in _inside(Path(name))]
         if not found:
             raise UserError(
                 f"data_files={pattern!r}: no such file under {str(data_dir)!r}; "

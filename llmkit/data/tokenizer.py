@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..config import UserError
@@ -78,6 +78,13 @@ def train_char(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     return _wrap(core, special, unk_token=UNK)
 
 
+def add_bos(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Opens every text with BOS, as the model will see it in training, wherever the saved tokenizer is used."""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.bos_token_id)]
+    )
+
+
 def load_tokenizer(
     name_or_path: str, trust_remote_code: bool = False, key: str = "tokenizer_name"
 ) -> PreTrainedTokenizerBase:
@@ -103,8 +110,8 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over everything that decides ids: vocabulary, merges, splitting, special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     core = repr(sorted(tokenizer.get_vocab().items()))
-    if backend is not None:  # less the padding and truncation of the last call
-        core = json.dumps(json.loads(backend.to_str()) | {"padding": None, "truncation": None})
+    if backend is not None:  # less what is not about the text: padding, truncation, added BOS
+        core = json.dumps(json.loads(backend.to_str()) | {"padding": None, "truncation": None, "post_processor": None})
     return hashlib.sha256(f"{core}{tokenizer.special_tokens_map}".encode()).hexdigest()
 
 

@@ -28,10 +28,11 @@ class _Stdout(TextStreamer):
 
 
 def opens_with_bos(model_dir: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """What the model saw in training: its run's packing says so; other models follow their own tokenizer."""
-    manifest = Path(model_dir).parent / "manifest.json"
-    if manifest.exists():
-        return json.loads(manifest.read_text()).get("documents_open_with_bos", True)
+    """What the model saw in training: its run's manifest says so; other models follow their own tokenizer."""
+    for folder in list(Path(model_dir).absolute().parents)[:3]:  # model/ of the run, or of a checkpoint of it
+        manifest = folder / "manifest.json"
+        if manifest.exists():
+            return json.loads(manifest.read_text()).get("documents_open_with_bos", False)
     ids = tokenizer("a")["input_ids"]
     return bool(ids) and ids[0] == tokenizer.bos_token_id
 
@@ -85,12 +86,13 @@ def main(config: GenerateConfig) -> Result:
             "top_p": config.top_p or 1.0,
         }
     torch.manual_seed(config.seed)
+    writing = time.perf_counter()
     out = model.generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
         max_new_tokens=room,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
         streamer=_Stdout(tokenizer, skip_special_tokens=True),
         **sampling,
     )
@@ -98,5 +100,6 @@ def main(config: GenerateConfig) -> Result:
     seconds = time.perf_counter() - started
     ended = " (end of text)" if out[0, -1].item() == tokenizer.eos_token_id else ""
     full = f" (context of {limit} is full)" if limit and out.shape[1] >= limit and not ended else ""
-    print(f"{num_new} tokens{ended}{full}", file=sys.stderr)
+    rate = num_new / (time.perf_counter() - writing)
+    print(f"{num_new} tokens, {rate:.0f} per second{ended}{full}", file=sys.stderr)
     return Result("generate", "ok", path, None, seconds, cpu_seconds(), num_new, {}, {})

@@ -59,24 +59,26 @@ def token_losses(model: nn.Module, batch: dict[str, torch.Tensor], isolate: bool
 
 
 @torch.no_grad()
-def score_rows(model: nn.Module, rows: Rows, batch_size: int, eos_token_id: int, accelerator: Any = None) -> ShardScore:
+def score_rows(
+    model: nn.Module, rows: Rows, batch_size: int, eos_token_id: int, accelerator: Any = None, isolate: bool = True
+) -> ShardScore:
     """Every token of the shard once; with several processes each scores its share of the batches.
 
+    `isolate=False` for a model that cannot keep packed documents apart: earlier documents of a row are then seen.
     The model's training flag comes back as it was.
     """
     rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    nll = torch.zeros(
-        len(rows.store.ends) + 1, dtype=torch.float64, device=device
-    )  # per document; the last takes the rest
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, nats on EOS, tokens
+    nll = torch.zeros(len(rows.store.ends) + 1, dtype=torch.float64)  # per document; the last takes the rest
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, nats on EOS, tokens; on the CPU, since MPS has no float64
     for i, arrays in enumerate(rows.sweep(batch_size)):
         if i % world_size != rank:
             continue
-        batch = {key: torch.from_numpy(np.array(value)).to(device) for key, value in arrays.items()}
-        losses = token_losses(model, batch, isolate=rows.plan is not None).double()
+        batch = {key: torch.from_numpy(np.array(value)) for key, value in arrays.items()}
+        on_device = {key: value.to(device) for key, value in batch.items()}
+        losses = token_losses(model, on_device, isolate=isolate and rows.plan is not None).cpu().double()
         labels = batch["shift_labels"]
         is_label = labels != IGNORE
         sums += torch.stack([losses.sum(), losses[labels == eos_token_id].sum(), is_label.sum()])
@@ -84,17 +86,17 @@ def score_rows(model: nn.Module, rows: Rows, batch_size: int, eos_token_id: int,
             nll.index_add_(0, batch["document"].flatten() % len(nll), losses.flatten())
     model.train(was_training)
     if world_size > 1:
-        sums, nll = accelerator.reduce(sums), accelerator.reduce(nll)
+        sums, nll = (accelerator.reduce(x.to(device)).cpu() for x in (sums, nll))
     total, on_eos, count = sums.tolist()
     num_bytes = rows.store.manifest.get("num_bytes")
-    stderr = None
-    if rows.plan is not None and rows.store.log_probs is not None:
-        excess = nll[:-1].cpu().numpy() + rows.store.log_probs  # per document, nats above the grammar
+    stderr, entropy = None, rows.entropy
+    if entropy is not None and rows.plan is not None and rows.store.log_probs is not None:
+        excess = nll[:-1].numpy() + rows.store.log_probs  # per document, nats above the grammar
         stderr = float(excess.std(ddof=1) * math.sqrt(len(excess)) / count) if len(excess) > 1 else None
     return ShardScore(
         loss=total / count,
         bits_per_byte=(total - on_eos) / math.log(2) / num_bytes if num_bytes else None,
-        entropy=rows.store.entropy,
+        entropy=entropy,
         gap_stderr=stderr,
         num_tokens=int(count),
     )

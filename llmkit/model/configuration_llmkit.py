@@ -13,6 +13,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_llmkit.LlmkitConfig",
     "AutoModel": "modeling_llmkit.LlmkitModel",
     "AutoModelForCausalLM": "modeling_llmkit.LlmkitForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_llmkit.LlmkitForSequenceClassification",
 }
 
 

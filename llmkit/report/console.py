@@ -10,7 +10,7 @@ def shard_table(shards: dict[str, dict[str, Any]], ngram_order: int | None) -> T
     known = any(shard["entropy"] is not None for shard in shards.values())
     table.add_column("shard")
     columns = ["loss", *(["true entropy", "gap"] if known else []), "bits/byte"]
-    columns += [f"{ngram_order}-gram counts"] if ngram_order else []
+    columns += [f"order-{ngram_order} counts"] if ngram_order else []
     columns += ["gap closed"] if known and ngram_order else []
     for column in columns:
         table.add_column(column, justify="right")

@@ -7,11 +7,13 @@ Leaves out the loop and everything written into the run folder.
 
 import difflib
 import hashlib
+import importlib.util
 import itertools
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -19,16 +21,16 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.progress import Progress, TextColumn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import model as ours  # noqa: F401  registers llmkit with the Auto classes
 from ..config import PretrainConfig, UserError
 from ..data.shards import NAME, Store, build_store, open_store
 from ..data.sources import Source, documents, source_fingerprint
-from ..data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, train_bpe, train_char
+from ..data.tokenizer import add_bos, fingerprint, load_tokenizer, save_tokenizer, train_bpe, train_char
 from ..run import resolve_model_dir, written_beside
 
-BPE_SAMPLE_DOCUMENTS = 20_000  # a BPE of a few thousand merges does not change with more
+BPE_SAMPLE_CHARACTERS = 50_000_000  # taken from all sources in turn, document by document
 
 
 # keys, what their value must be, how to say it
@@ -40,12 +42,31 @@ BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
         "1 or more",
     ),
     (
-        "learning_rate muon_learning_rate weight_decay warmup_steps max_grad_norm max_steps seed data_seed",
+        "learning_rate muon_learning_rate weight_decay warmup_steps max_grad_norm max_steps num_train_epochs",
         lambda v: 0 <= v < math.inf,
         "0 or more",
     ),
+    ("seed data_seed", lambda v: 0 <= v < 2**32, "0 to 4294967295"),
     ("adam_beta1 adam_beta2 muon_momentum lora_dropout", lambda v: 0 <= v < 1, "0 or more, below 1"),
     ("adam_epsilon", lambda v: v > 0, "above 0"),
+]
+
+
+# keys, when they count, why they do not otherwise
+DEPENDENT: list[tuple[str, Callable[[PretrainConfig], bool], str]] = [
+    ("model_type config_overrides", lambda c: not c.model_name_or_path, "with model_name_or_path"),
+    ("tokenizer_type", lambda c: not c.model_name_or_path and not c.tokenizer_name, "with a given tokenizer"),
+    ("lora_r lora_alpha lora_dropout lora_target_modules", lambda c: c.use_peft, "without use_peft: true"),
+    ("muon_learning_rate muon_momentum", lambda c: c.optim == "muon", "without optim: muon"),
+    ("save_total_limit", lambda c: c.save_steps is not None, "without save_steps"),
+    ("num_train_epochs", lambda c: c.max_steps == 0, "with max_steps"),
+    ("project run_name", lambda c: c.report_to != "none", "without report_to: trackio"),
+    ("trust_remote_code", lambda c: bool(c.model_name_or_path or c.tokenizer_name), "without a model or tokenizer"),
+    (
+        "vocab_size",
+        lambda c: not c.model_name_or_path and not c.tokenizer_name and c.tokenizer_type == "bpe",
+        "unless a BPE is trained",
+    ),
 ]
 
 
@@ -57,8 +78,6 @@ def check_config(config: PretrainConfig) -> None:
         raise UserError(
             "datasets is missing; name training data, e.g. datasets: [{path: text, data_files: corpus.txt}]"
         )
-    if config.model_name_or_path and config.config_overrides:
-        raise UserError("config_overrides has no effect with model_name_or_path; remove one of them")
     if config.ngram_order and len(config.datasets) > 1:
         raise UserError(f"ngram_order={config.ngram_order} counts one training source; set it to null for a mixture")
     for keys, is_allowed, allowed in BOUNDS:
@@ -66,6 +85,13 @@ def check_config(config: PretrainConfig) -> None:
             value = getattr(config, key)
             if value is not None and not is_allowed(value):
                 raise UserError(f"{key}={value}; allowed: {allowed}")
+    for keys, is_used, needed in DEPENDENT:
+        for key in keys.split():
+            if not is_used(config) and getattr(config, key) != getattr(PretrainConfig(), key):
+                raise UserError(f"{key}={getattr(config, key)!r} has no effect {needed}; remove it")
+    for key, package in (("use_peft", "peft"), ("report_to", "trackio")):
+        if getattr(config, key) not in (False, "none") and importlib.util.find_spec(package) is None:
+            raise UserError(f"{key}={getattr(config, key)} needs {package}: `pip install {package}`")
     if not config.max_steps and config.num_train_epochs <= 0:
         raise UserError(f"num_train_epochs={config.num_train_epochs}; allowed: above 0, or set max_steps")
     for key, value in config.lr_scheduler_kwargs.items():
@@ -87,8 +113,15 @@ def check_engine() -> None:
             )
 
 
-def _training_texts(sources: list[Source], data_dir: Path) -> Iterator[str]:
-    return (doc.text for source in sources for doc in documents(source, data_dir))
+def _training_texts(sources: list[Source], data_dir: Path, num_characters: float) -> Iterator[str]:
+    """Documents of all sources in turn, until `num_characters` are reached."""
+    for docs in itertools.zip_longest(*(documents(source, data_dir) for source in sources)):
+        for doc in docs:
+            if doc is not None:
+                yield doc.text
+                num_characters -= len(doc.text)
+        if num_characters <= 0:
+            return
 
 
 def get_tokenizer(
@@ -102,27 +135,55 @@ def get_tokenizer(
         name = config.tokenizer_name or resolve_model_dir(config.model_name_or_path or "")
         key = "tokenizer_name" if config.tokenizer_name else "model_name_or_path"
         return load_tokenizer(name, config.trust_remote_code, key)
+    stores = [source.path for source in sources if is_store(source, data_dir)]
+    if stores:
+        raise UserError(f"path={stores[0]!r} holds tokens already: name their tokenizer with tokenizer_name")
     kind = "char" if config.tokenizer_type == "char" else f"bpe{config.vocab_size}"
     text_hash = hashlib.sha256("".join(source_fingerprint(source, data_dir) for source in sources).encode())
-    folder = store_dir / f"tokenizer-{kind}-{text_hash.hexdigest()[:12]}"
+    folder = store_dir / f"tokenizer-{kind}-{config.packing_strategy}-{text_hash.hexdigest()[:12]}"
     if not folder.exists():
-        texts = _training_texts(sources, data_dir)
         if config.tokenizer_type == "char":
-            tokenizer = train_char(texts)
+            tokenizer = train_char(_training_texts(sources, data_dir, math.inf))
         else:
-            tokenizer = train_bpe(itertools.islice(texts, BPE_SAMPLE_DOCUMENTS), config.vocab_size)
+            tokenizer = train_bpe(_training_texts(sources, data_dir, BPE_SAMPLE_CHARACTERS), config.vocab_size)
+        if config.packing_strategy == "bos_bestfit":
+            add_bos(tokenizer)
         with written_beside(folder) as partial:
             save_tokenizer(tokenizer, partial)
     return load_tokenizer(str(folder))
+
+
+def check_prompts(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError for a sample prompt that leaves no room to write in."""
+    for prompt in config.sample_prompts:
+        count = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        if count + 1 >= config.max_length:
+            raise UserError(f"sample_prompts: {prompt[:40]!r}... has {count} tokens, max_length is {config.max_length}")
+
+
+def is_store(source: Source, data_dir: Path) -> bool:
+    """A folder of tokens, made here or by datatrove. Raises UserError for keys that would have no effect on it."""
+    folder = data_dir / source.path
+    if not list(folder.glob("*.ds")):
+        if folder.is_dir():
+            raise UserError(
+                f"path={source.path!r} is a folder without tokens; to read its files write "
+                f"path: text|json|csv|parquet and data_files: {source.path}"
+            )
+        return False
+    plain = Source(path=source.path, fraction=source.fraction, shard=source.shard)
+    ignored = [field.name for field in fields(Source) if getattr(source, field.name) != getattr(plain, field.name)]
+    if ignored:
+        raise UserError(f"path={source.path!r} holds tokens already: {ignored[0]} has no effect on them; remove it")
+    return True
 
 
 def get_store(
     source: Source, data_dir: Path, store_dir: Path, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> Store:
     """The tokenised corpus, from the cache when text and tokenizer are the same to the byte."""
-    folder = data_dir / source.path
-    if list(folder.glob("*.ds")):
-        return open_store(folder, tokenizer)
+    if is_store(source, data_dir):
+        return open_store(data_dir / source.path, tokenizer)
     source_hash = source_fingerprint(source, data_dir)
     folder = store_dir / f"{source_hash[:12]}-{fingerprint(tokenizer)[:12]}"
     if (folder / NAME).exists():
@@ -167,6 +228,64 @@ def get_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
     return model
 
 
+@torch.no_grad()
+def probe_attention(model: PreTrainedModel) -> tuple[bool, bool]:
+    """Whether no token sees a later one, and whether documents packed by position_ids do not see each other.
+
+    Two rows of two documents of four tokens each; changing the last token must leave all earlier logits alone, changing
+    the first document those of the second. All weights are redrawn meanwhile, since zero projections would hide a leak.
+    """
+    was_training, weights = model.training, {name: p.clone() for name, p in model.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        p.copy_(noise * 0.05 if p.ndim > 1 else 1 + 0.1 * noise)
+    model.eval()
+    size = min(model.get_input_embeddings().num_embeddings, 100)
+    ids = torch.randint(size, (2, 8), generator=generator)
+    last, first = ids.clone(), ids.clone()
+    last[:, -1], first[:, :4] = (ids[:, -1] + 1) % size, (ids[:, :4] + 1) % size
+    inputs = {"position_ids": torch.arange(8).remainder(4).expand(2, 8).contiguous(), "use_cache": False}
+    logits, after_last, after_first = (model(input_ids=x, **inputs).logits for x in (ids, last, first))
+    tolerance = 1e-4 * logits.std()
+    is_causal = bool((logits - after_last)[:, :-1].abs().max() <= tolerance)
+    is_isolated = bool((logits - after_first)[:, 4:].abs().max() <= tolerance)
+    for name, p in model.named_parameters():
+        p.copy_(weights[name])
+    model.train(was_training)
+    return is_causal, is_isolated
+
+
+def check_attention(model: PreTrainedModel, config: PretrainConfig) -> bool:
+    """Whether the model keeps packed documents apart; tried, not looked up.
+
+    Raises UserError for a model that sees the future, or that cannot keep documents apart where that is asked for.
+    """
+    wants_isolation = config.packing_strategy == "bos_bestfit" and config.document_isolation
+    if (config.attn_implementation or "").startswith("flash"):
+        if wants_isolation:  # transformers reads packed position_ids there only for a batch of one row
+            raise UserError(
+                f"document_isolation=true does not work with attn_implementation={config.attn_implementation!r}; "
+                "use sdpa or flex_attention, or set document_isolation to false"
+            )
+        return False  # needs a GPU, cannot be tried here
+    kind = model.config.model_type
+    try:
+        is_causal, is_isolated = probe_attention(model)
+    except (TypeError, AttributeError) as error:
+        raise UserError(
+            f"model_type={kind!r} does not run as a causal LM here ({str(error).splitlines()[0]})"
+        ) from None
+    if not is_causal:
+        raise UserError(f"model_type={kind!r}: tokens see later ones, so it is no causal LM; e.g. llmkit, qwen3, gpt2")
+    if wants_isolation and not is_isolated:
+        raise UserError(
+            f"document_isolation=true: {kind} does not keep packed documents apart (it ignores position_ids); "
+            "set document_isolation to false"
+        )
+    return is_isolated
+
+
 def _fresh_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, attention: dict) -> PreTrainedModel:
     try:
         blank = transformers.AutoConfig.for_model(config.model_type)
@@ -193,17 +312,21 @@ def _fresh_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, att
     } | config.config_overrides
     try:
         model_config = transformers.AutoConfig.for_model(config.model_type, **settings)
-        return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, **attention)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, **attention)
     except (ArithmeticError, ImportError, RuntimeError, StrictDataclassError, TypeError, ValueError) as error:
         cause = error.__cause__ or error
         raise UserError(f"config_overrides: {' '.join(str(cause).split())}") from None
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return model
 
 
 def _add_lora(model: PreTrainedModel, config: PretrainConfig) -> PreTrainedModel:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise UserError("use_peft=true needs peft; install it with `pip install llmkit[align]`") from None
+        raise UserError("use_peft=true needs peft; run `make setup-all`, or `pip install peft`") from None
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -218,19 +341,21 @@ def _add_lora(model: PreTrainedModel, config: PretrainConfig) -> PreTrainedModel
 
 
 def flops_per_token(model: PreTrainedModel, context: int) -> float:
-    """Forward and backward FLOPs per token: 6 per matrix parameter and 12 * layers * width * T for attention.
+    """FLOPs per token, forward and backward: 6 per matrix parameter (4 if frozen), attention 12 * layers * width * T.
 
     Embedding look-ups are free, the head is not; attention is counted in full although half of it is masked
     (Chowdhery et al. 2022, appendix B). Norms, softmax and the activation are left out.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in embeddings)
     head = model.get_output_embeddings()
+    matrices = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in embeddings]
     if head is not None and id(head.weight) in embeddings:
-        matrices += head.weight.numel()
+        matrices.append(head.weight)
     c = model.config
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    return 6 * matrices + 12 * c.num_hidden_layers * c.num_attention_heads * head_dim * context
+    heads = getattr(c, "num_attention_heads", None) or 0
+    width = heads * (getattr(c, "head_dim", None) or (c.hidden_size // heads if heads else 0))
+    per_matrix = sum(p.numel() * (6 if p.requires_grad else 4) for p in matrices)
+    return per_matrix + 12 * c.num_hidden_layers * width * context
 
 
 def check_disk(folder: Path, model: PreTrainedModel) -> None:

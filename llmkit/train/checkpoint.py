@@ -11,7 +11,7 @@ import copy
 import shutil
 from pathlib import Path
 
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.tokenizer import save_tokenizer
 from ..run import written_beside
@@ -20,11 +20,6 @@ from ..run import written_beside
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Config, safetensors, tokenizer, generation config, our model's code. Raises UserError on a full disk."""
     with written_beside(folder) as partial:
-        model.generation_config = GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
         model.save_pretrained(partial)
         save_tokenizer(tokenizer, partial)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..config import PretrainConfig, UserError
 
@@ -34,7 +35,7 @@ def orthogonalise(matrices_BMN: Tensor, num_steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024): p -= lr * sqrt(max(1, rows / columns)) * NS(nesterov(grad)).
+    """Momentum, orthogonalised (Jordan et al. 2024): p -= lr * sqrt(max(1, out / in)) * NS(nesterov(grad)).
 
     Takes matrices only. State per matrix: `momentum_buffer`, of the matrix' own shape.
     Raises ValueError for a parameter that is no matrix.
@@ -71,7 +72,8 @@ class Muon(torch.optim.Optimizer):
         if weight_decay:
             torch._foreach_mul_(same, 1 - lr * weight_decay)
         for p, update, tall in zip(same, updates, is_tall, strict=True):
-            p.add_(update.T if tall else update, alpha=-lr * math.sqrt(max(1.0, p.shape[0] / p.shape[1])))
+            num_out, num_in = reversed(p.shape) if getattr(p, "is_in_out", False) else p.shape
+            p.add_(update.T if tall else update, alpha=-lr * math.sqrt(max(1.0, num_out / num_in)))
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -107,6 +109,9 @@ def split_parameters(model: nn.Module) -> tuple[list, list, list]:
         outer.add(id(head.weight))
     trainable = [p for p in model.parameters() if p.requires_grad]
     hidden = [p for p in trainable if p.ndim == 2 and id(p) not in outer]
+    for module in model.modules():
+        if isinstance(module, Conv1D):  # GPT-2 keeps its matrices as (in, out)
+            module.weight.is_in_out = True  # type: ignore[assignment]
     others = [p for p in trainable if p.ndim >= 2 and (p.ndim > 2 or id(p) in outer)]
     return hidden, others, [p for p in trainable if p.ndim < 2]
 

@@ -14,12 +14,13 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,9 +36,11 @@ from ..report.console import shard_table
 from ..report.plots import plot_losses
 from ..run import Result, Run, check_output_dir, command_name, quiet_libraries
 from .build import (
+    check_attention,
     check_config,
     check_disk,
     check_engine,
+    check_prompts,
     flops_per_token,
     get_model,
     get_store,
@@ -62,6 +65,8 @@ class Job:
     shards: dict[str, Rows]
     max_steps: int
     flops_per_token: float
+    can_isolate: bool
+    started: float
 
     @property
     def bare_model(self) -> PreTrainedModel:
@@ -70,13 +75,17 @@ class Job:
 
 def main(config: PretrainConfig) -> Result:
     """Checks the inputs, prepares data and model, trains, writes the run folder. Raises UserError."""
+    started = time.perf_counter()
     check_config(config)
     check_engine()
     quiet_libraries()
     folder, data_dir = Path(config.output_dir), Path(config.data_dir)
     store_dir = Path(config.store_dir) if config.store_dir else folder.parent / "data"
     device = detect(config.use_cpu, config.bf16)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if device.bf16 else "no")
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=2))  # the others wait while rank 0 tokenises
+    accelerator = Accelerator(
+        cpu=device.type == "cpu", mixed_precision="bf16" if device.bf16 else "no", kwargs_handlers=[patient]
+    )
     console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = 120  # a log file: room for the table
@@ -87,15 +96,18 @@ def main(config: PretrainConfig) -> Result:
     if len(set(names)) < len(names):
         raise UserError(f"eval_datasets: shard names {names} are not all different; set `shard:` on each")
 
-    with accelerator.main_process_first():  # rank 0 writes the stores, the others find them
+    with accelerator.main_process_first():  # rank 0 writes tokenizer and stores, the others find them
         tokenizer = get_tokenizer(config, sources, data_dir, store_dir)
+    check_prompts(config, tokenizer)
+    set_seed(config.seed)
+    model = get_model(config, tokenizer)
+    can_isolate = check_attention(model, config)
+    with accelerator.main_process_first():
         stores = [get_store(source, data_dir, store_dir, tokenizer, console) for source in [*sources, *eval_sources]]
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         rows = [Rows(store, config.max_length, config.packing_strategy, bos_id(tokenizer), pad) for store in stores]
     train_rows, shards = rows[: len(sources)], dict(zip(names, rows[len(sources) :], strict=True))
 
-    set_seed(config.seed)
-    model = get_model(config, tokenizer)
     rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     data_seed = config.seed if config.data_seed is None else config.data_seed
     fractions = [source.fraction for source in sources] if sources[0].fraction else None
@@ -111,12 +123,12 @@ def main(config: PretrainConfig) -> Result:
         "documents_open_with_bos": config.packing_strategy == "bos_bestfit",
         "tokenizer": fingerprint(tokenizer),
         "datasets": [r.store.manifest for r in train_rows],
-        "eval_shards": {name: {**r.store.manifest, "entropy": r.store.entropy} for name, r in shards.items()},
+        "eval_shards": {name: {**r.store.manifest, "entropy": r.entropy} for name, r in shards.items()},
     }
     run = Run.start(folder, "pretrain", config, facts, accelerator.is_main_process)
     job = Job(
         config, device, accelerator, console, run, model, tokenizer, loader, shards, max_steps,
-        flops_per_token(model, config.max_length),
+        flops_per_token(model, config.max_length), can_isolate, started,
     )  # fmt: skip
     _announce(job, train_rows)
     return fit(job)
@@ -161,17 +173,18 @@ def fit(job: Job) -> Result:
     world_size = accelerator.num_processes
     tracker = _start_tracker(config) if accelerator.is_main_process else None
     started, cpu_started = time.perf_counter(), cpu_seconds()
-    paused_s = 0.0  # evaluating and saving
+    paused_s = paused_cpu_s = 0.0  # evaluating and saving
     tokens_seen = 0
     window_loss = torch.zeros((), device=accelerator.device)
     window_started, window_tokens, window_steps = 0.0, 0, 0  # seconds of training, without the pauses
 
     @contextlib.contextmanager
     def paused() -> Iterator[None]:
-        nonlocal paused_s
-        start = time.perf_counter()
+        nonlocal paused_s, paused_cpu_s
+        start, cpu_start = time.perf_counter(), cpu_seconds()
         yield
         paused_s += time.perf_counter() - start
+        paused_cpu_s += cpu_seconds() - cpu_start
 
     def train_seconds() -> float:
         return time.perf_counter() - started - paused_s
@@ -237,7 +250,7 @@ def fit(job: Job) -> Result:
             if config.save_steps and done % config.save_steps == 0 and done < job.max_steps:
                 with paused():
                     _save(job, done)
-    train_s, train_cpu_s = train_seconds(), cpu_seconds() - cpu_started
+    train_s, train_cpu_s = train_seconds(), cpu_seconds() - cpu_started - paused_cpu_s
     _save(job, None)
     scores = _evaluate(job, job.max_steps, tracker)
     if tracker:
@@ -250,13 +263,18 @@ def _micro_batches(job: Job, step: int) -> list[dict[str, torch.Tensor]]:
     accelerator = job.accelerator
     batch = job.loader.batch(step, accelerator.process_index, accelerator.num_processes)
     size = job.config.per_device_train_batch_size
-    parts = {key: rows.to(accelerator.device, non_blocking=True).split(size) for key, rows in batch.items()}
+    parts = {key: rows.to(accelerator.device).split(size) for key, rows in batch.items()}
     return [dict(zip(parts, tensors, strict=True)) for tensors in zip(*parts.values(), strict=True)]
 
 
 def _save(job: Job, step: int | None) -> None:
     """A checkpoint, or `model/` at the end; written by rank 0 while the others wait."""
     job.accelerator.wait_for_everyone()
+    if not all(p.isfinite().all() for p in job.bare_model.parameters()):
+        raise UserError(
+            "the weights are not finite any more: not saved, earlier checkpoints are untouched; "
+            "lower learning_rate or raise warmup_steps"
+        )
     if job.accelerator.is_main_process:
         if step is None:
             save_run_model(job.bare_model, job.tokenizer, job.run.folder)
@@ -289,7 +307,12 @@ def _evaluate(job: Job, step: int, tracker: Any) -> dict[str, ShardScore]:
     """Every shard and the samples; training's random numbers are not touched."""
     scores = {
         name: score_rows(
-            job.bare_model, rows, job.config.per_device_eval_batch_size, job.tokenizer.eos_token_id, job.accelerator
+            job.bare_model,
+            rows,
+            job.config.per_device_eval_batch_size,
+            job.tokenizer.eos_token_id,
+            job.accelerator,
+            job.can_isolate,
         )
         for name, rows in job.shards.items()
     }
@@ -311,6 +334,17 @@ def _evaluate(job: Job, step: int, tracker: Any) -> dict[str, ShardScore]:
     return scores
 
 
+@contextlib.contextmanager
+def own_random_numbers(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds inside the block and puts the generators of CPU and device back after it."""
+    on_mps = torch.mps.get_rng_state() if device.type == "mps" else None
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+    if on_mps is not None:
+        torch.mps.set_rng_state(on_mps)
+
+
 @torch.no_grad()
 def write_sample(job: Job, prompt: str) -> str:
     """One sampled continuation at temperature 0.8, the same random numbers every time."""
@@ -321,8 +355,7 @@ def write_sample(job: Job, prompt: str) -> str:
     room = max(1, min(job.config.sample_max_new_tokens, job.config.max_length - len(ids)))
     was_training = model.training
     model.eval()
-    with torch.random.fork_rng():
-        torch.manual_seed(job.config.seed)
+    with own_random_numbers(job.config.seed, model.device):
         out = model.generate(
             torch.tensor([ids], device=model.device),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
@@ -343,7 +376,7 @@ def _start_tracker(config: PretrainConfig) -> Any:
     try:
         import trackio
     except ImportError:
-        raise UserError("report_to='trackio' needs trackio; install it with `pip install llmkit[train]`") from None
+        raise UserError("report_to='trackio' needs trackio; run `make setup-all`, or `pip install trackio`") from None
     return trackio.init(project=config.project, name=config.run_name or Path(config.output_dir).name)
 
 
@@ -372,7 +405,7 @@ def _finish(job: Job, scores: dict[str, ShardScore], tokens: int, train_s: float
             status="ok",
             model_dir=str(run.model_dir),
             parent=config.model_name_or_path,
-            wall_s=round(time.perf_counter() - run.started, 2),
+            wall_s=round(time.perf_counter() - job.started, 2),
             cpu_s=round(cpu_seconds(), 2),
             tokens=tokens,
             shards=shards,

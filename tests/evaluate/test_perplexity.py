@@ -20,11 +20,11 @@ TEXTS = ["ab", "hgfedcba", "é", "a" * 30, "cafébabe", "bad cab", "gh" * 7, "f"
 
 @pytest.fixture
 def make_rows(tmp_path):
-    def make(packing, log_probs=None, texts=TEXTS):
+    def make(packing, log_probs=None, texts=TEXTS, context=CONTEXT):
         docs = [Doc(text, log_probs[i] if log_probs else None) for i, text in enumerate(texts)]
         tokenizer = train_char(["abcdefgh é"])
         store = build_store(docs, tokenizer, tmp_path / f"{packing}{bool(log_probs)}", "hash", "somewhere")
-        return Rows(store, CONTEXT, packing, BOS, PAD)
+        return Rows(store, context, packing, BOS, PAD)
 
     return make
 
@@ -41,12 +41,12 @@ def surprise(model, ids: list[int]) -> np.ndarray:
     return -log_p[range(len(ids) - 1), ids[1:]].numpy()
 
 
-def naive_documents(model, store) -> list[np.ndarray]:
+def naive_documents(model, store, context=CONTEXT) -> list[np.ndarray]:
     """Per document the surprise of each token; longer documents in pieces that each open with a BOS."""
     out = []
     for start, end in zip(store.starts, store.ends.astype(int), strict=True):
         ids = store.tokens[start:end].tolist()
-        pieces = [ids[at : at + CONTEXT] for at in range(0, len(ids), CONTEXT)]
+        pieces = [ids[at : at + context] for at in range(0, len(ids), context)]
         out.append(np.concatenate([surprise(model, [BOS, *piece]) for piece in pieces]))
     return out
 
@@ -99,8 +99,8 @@ def test_uniform_model_scores_ln_V_and_as_many_bits(make_rows):
 
 def test_gap_and_its_standard_error_come_from_documents(model, make_rows):
     log_probs = [-2.5 * i - 1 for i in range(len(TEXTS))]
-    rows = make_rows("bos_bestfit", log_probs)
-    excess = [part.sum() + log_p for part, log_p in zip(naive_documents(model, rows.store), log_probs, strict=True)]
+    rows = make_rows("bos_bestfit", log_probs, context=60)
+    excess = [part.sum() + log_p for part, log_p in zip(naive_documents(model, rows.store, 60), log_probs, strict=True)]
     score = score_rows(model, rows, 3, EOS)
     n, mean = len(excess), sum(excess) / len(excess)
     assert score.entropy == pytest.approx(-sum(log_probs) / rows.store.num_tokens)
@@ -110,9 +110,12 @@ def test_gap_and_its_standard_error_come_from_documents(model, make_rows):
     assert list(score.to_dict()) == ["loss", "bits_per_byte", "entropy", "gap_stderr"]
 
 
-def test_contiguous_entropy_is_known_and_its_error_is_not(model, make_rows):
-    score = score_rows(model, make_rows("contiguous", [-1.0] * len(TEXTS)), 4, EOS)
-    assert score.entropy is not None and score.gap_stderr is None
+@pytest.mark.parametrize("packing", ["contiguous", "bos_bestfit"])
+def test_documents_that_are_cut_have_no_entropy_to_reach(packing, model, make_rows):
+    rows = make_rows(packing, [-1.0] * len(TEXTS))
+    assert rows.plan is None or rows.plan.num_restarts > 0
+    score = score_rows(model, rows, 4, EOS)
+    assert score.entropy is None and score.gap is None and score.gap_stderr is None
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -93,7 +93,8 @@ def test_folder_carries_its_code_and_no_sampling_settings(tmp_path):
     for auto, reference in config["auto_map"].items():
         module, cls = reference.split(".")
         assert f"class {cls}" in (tmp_path / f"{module}.py").read_text(), auto
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    heads = {"AutoModelForCausalLM", "AutoModelForSequenceClassification"}
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel"} | heads
     assert not {"temperature", "top_k", "top_p", "do_sample", "max_new_tokens"} & config.keys()
     assert AutoConfig.from_pretrained(tmp_path).head_dim == 8
 

@@ -78,9 +78,8 @@ MISTAKES = {
     "an unknown architecture": ({"model_type": "lamma"}, "model_type='lamma' is unknown"),
     "an architecture that writes no text": ({"model_type": "t5", "config_overrides": {}}, "config_overrides: "),
     "a context above the model's": (overrides(max_position_embeddings=16), "max_length=32 exceeds"),
-    "overrides of a checkpoint": ({"model_name_or_path": "x"}, "config_overrides has no effect"),
-    "a missing tokenizer": ({"tokenizer_name": "./nowhere"}, "tokenizer_name='./nowhere'"),
-    "a missing checkpoint": ({"model_name_or_path": "./nowhere", "config_overrides": {}}, "='./nowhere'"),
+    "overrides of a checkpoint": ({"model_name_or_path": "x"}, "has no effect with model_name_or_path"),
+    "a missing tokenizer": ({"tokenizer_name": "./nowhere", "tokenizer_type": "bpe"}, "tokenizer_name='./nowhere'"),
     # numbers
     **{f"{key} {value}": ({key: value}, f"{key}={value}") for key, value in [
         ("max_steps", -1), ("learning_rate", -0.1), ("muon_learning_rate", -0.1), ("weight_decay", -0.1),
@@ -105,13 +104,21 @@ MISTAKES = {
     "seed -1": ({"seed": -1}, "seed=-1"),
     "learning_rate nan": ({"learning_rate": float("nan")}, "learning_rate=nan"),
     "a schedule of words": ({"lr_scheduler_kwargs": {"num_decay_steps": "x"}}, "num_decay_steps"),
+    "a prompt without room": ({"sample_prompts": ["cat " * 20]}, "sample_prompts: 'cat cat"),
+    "epochs without end": ({"max_steps": 0, "num_train_epochs": float("inf")}, "num_train_epochs=inf"),
+    "a seed above 32 bits": ({"seed": 5_000_000_000}, "seed=5000000000"),
+    "a rank of no adapter": ({"lora_r": 4}, "lora_r=4 has no effect without use_peft: true"),
+    "a rate of another optimiser": ({"muon_learning_rate": 0.5}, "has no effect without optim: muon"),
+    "a limit of no checkpoints": ({"save_total_limit": 3}, "has no effect without save_steps"),
+    "a folder as path": ({"datasets": [{"path": "folder.txt"}]}, "path='folder.txt' is a folder without tokens"),
     "a prompt that is a number": ({"sample_prompts": [5]}, "sample_prompts"),
     "lora_r 0": ({"use_peft": True, "lora_r": 0}, "lora_r=0"),
     "an adapter on nothing": ({"use_peft": True, "lora_target_modules": "nothing"}, "lora_target_modules"),
     "output_dir under a file": ({"output_dir": "corpus.txt/run"}, "corpus.txt"),
     "store_dir under a file": ({"store_dir": "corpus.txt/data"}, "corpus.txt"),
     "the key of a missing checkpoint": (
-        {"model_name_or_path": "./nowhere", "config_overrides": {}}, "model_name_or_path='./nowhere'"
+        {"model_name_or_path": "./nowhere", "config_overrides": {}, "tokenizer_type": "bpe"},
+        "model_name_or_path='./nowhere'",
     ),
 }  # fmt: skip
 
@@ -154,7 +161,7 @@ def refuse(work: Path, keys: dict, expected: str, capsys: pytest.CaptureFixture)
     """One line, and an unfinished run in the way keeps its bytes."""
     (work / "runs" / "new").mkdir(parents=True)
     for name in ("manifest.json", "metrics.jsonl"):
-        (work / "runs" / "new" / name).write_text('{"step": 1}\n')
+        (work / "runs" / "new" / name).write_text('{"stage": "pretrain", "step": 1}\n')
     path = recipe(work, **keys)
     before = contents(work)
     assert expected in the_line(["pretrain", path], capsys)

@@ -242,3 +242,19 @@ def test_no_step_is_wasted_at_rate_zero(kind, max_steps):
 
 def test_count_below_one_is_a_share():
     assert [num_steps(v, 600) for v in (0, 0.02, 0.3, 1, 1.0, 20)] == [0, 12, 180, 1, 1, 20]
+
+
+def test_muon_scales_gpt2_matrices_by_what_goes_in_and_out():
+    """Conv1D keeps (in, out): the same layer and gradient as a Linear must take the same step."""
+    from transformers.pytorch_utils import Conv1D
+
+    grad = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    linear, conv = torch.nn.Linear(8, 32, bias=False), Conv1D(32, 8)
+    split_parameters(torch.nn.ModuleList([conv]))
+    steps = []
+    for weight, g in ((linear.weight, grad), (conv.weight, grad.T.contiguous())):
+        before = weight.detach().clone()
+        weight.grad = g
+        Muon([weight], lr=0.1).step()
+        steps.append(weight.detach() - before)
+    assert torch.allclose(steps[0], steps[1].T, atol=1e-6)

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmkit import cli, config
 from llmkit.data.toyworld import document
+from llmkit.deploy.generate import opens_with_bos
 from llmkit.evaluate.perplexity import token_losses
-from llmkit.train import pretrain
+from llmkit.train import build, pretrain
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = {
@@ -26,7 +27,7 @@ RECIPE = {
     "datasets": [{"path": "builtin/toyworld", "split": "train[:300]"}],
     "eval_datasets": [{"path": "builtin/toyworld", "name": "stories", "split": "validation[:20]"}],
     "vocab_size": 512,
-    "max_length": 160,
+    "max_length": 256,
     "max_steps": 6,
     "per_device_train_batch_size": 4,
     "logging_steps": 1,
@@ -60,7 +61,10 @@ def test_a_run_leaves_what_the_contract_says(tmp_path, capsys):
     shard = result["shards"]["stories"]
     entropy = -sum(document("stories", "validation", i).log_prob for i in range(20))
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    count = sum(len(tokenizer(document("stories", "validation", i).text)["input_ids"]) + 1 for i in range(20))
+    count = sum(
+        len(tokenizer(document("stories", "validation", i).text, add_special_tokens=False)["input_ids"]) + 1
+        for i in range(20)
+    )
     assert shard["entropy"] == pytest.approx(entropy / count)
     assert shard["closed"] == pytest.approx(
         (shard["ngram2_loss"] - shard["loss"]) / (shard["ngram2_loss"] - shard["entropy"])
@@ -185,7 +189,12 @@ def test_the_same_loop_trains_other_architectures(model_type, optim, tmp_path):
 
 def test_continuing_starts_from_the_loss_that_the_first_run_reached(tmp_path):
     first = run(tmp_path, max_steps=20, optim="muon")
-    keys = {"model_name_or_path": str(tmp_path / "run"), "config_overrides": {}, "eval_on_start": True}
+    keys = {
+        "model_name_or_path": str(tmp_path / "run"),
+        "config_overrides": {},
+        "vocab_size": 1024,
+        "eval_on_start": True,
+    }
     second = run(tmp_path, output_dir=str(tmp_path / "more"), **keys)
     start = metrics(tmp_path / "more")[0]
     assert start["step"] == 0 and start["eval_stories_loss"] == pytest.approx(
@@ -201,6 +210,7 @@ def test_lora_trains_the_adapter_alone_and_leaves_a_plain_merged_model(tmp_path)
     keys = {
         "model_name_or_path": str(tmp_path / "run"),
         "config_overrides": {},
+        "vocab_size": 1024,
         "use_peft": True,
         "learning_rate": 0.005,
         "max_steps": 30,
@@ -242,7 +252,7 @@ def test_contiguous_and_mixtures_train(tmp_path):
     shard = [{"path": "text", "data_files": str(tmp_path / "a.txt"), "shard": "a"}]
     result = run(
         tmp_path, datasets=files, eval_datasets=shard, packing_strategy="contiguous", tokenizer_type="char",
-        max_length=32, max_steps=80, optim="muon",
+        vocab_size=1024, max_length=32, max_steps=80, optim="muon",
     )  # fmt: skip
     assert result["shards"]["a"]["loss"] < 0.3  # the order is settled by two characters
 
@@ -253,7 +263,10 @@ def test_a_store_made_by_datatrove_trains_unchanged(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/model")
     import numpy as np
 
-    ids = [[*tokenizer(document("facts", "train", i).text)["input_ids"], tokenizer.eos_token_id] for i in range(60)]
+    ids = [
+        [*tokenizer(document("facts", "train", i).text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        for i in range(60)
+    ]
     store = tmp_path / "elsewhere"
     store.mkdir()
     np.asarray([t for doc in ids for t in doc], "<u2").tofile(store / "00000.ds")
@@ -264,6 +277,7 @@ def test_a_store_made_by_datatrove_trains_unchanged(tmp_path):
         output_dir=str(tmp_path / "new"),
         datasets=[{"path": str(store)}],
         tokenizer_name=str(tmp_path / "run/model"),
+        vocab_size=1024,
     )
     assert result["tokens"] > 0
 
@@ -280,7 +294,7 @@ def test_every_recipe_builds_and_trains_shrunk(path, tmp_path):
         "config_overrides": settings.config_overrides | small,
         "max_length": 128,
         "max_steps": 2,
-        "vocab_size": 512,
+        "vocab_size": 512 if settings.tokenizer_type == "bpe" else 1024,
     }
     recipe |= {
         "per_device_train_batch_size": 2,
@@ -301,7 +315,7 @@ def test_generate_streams_and_export_gives_equal_logits(tmp_path, capsys):
     assert greedy.startswith("Ada had") and len(greedy) > len("Ada had\n")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/model")
-    ids = [tokenizer.bos_token_id, *tokenizer("Ada had")["input_ids"]]
+    ids = [tokenizer.bos_token_id, *tokenizer("Ada had", add_special_tokens=False)["input_ids"]]
     for _ in range(12):  # greedy by hand, no cache
         ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
         if ids[-1] == tokenizer.eos_token_id:
@@ -325,6 +339,65 @@ def test_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path, monke
     assert cli.main(["pretrain", str(path)]) == 2
     assert "loss is nan at step 1" in capsys.readouterr().err
     assert not (tmp_path / "run/model").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved_and_cost_no_checkpoint(tmp_path, monkeypatch, capsys):
+    """Loss is looked at every logging_steps only; a save in between must look for itself."""
+    step_of = pretrain.lr_factor
+
+    def blow_up(step, *rest):
+        return 1e45 if step == 3 else step_of(step, *rest)
+
+    monkeypatch.setattr(pretrain, "lr_factor", blow_up)
+    path = tmp_path / "recipe.yaml"
+    keys = {"output_dir": str(tmp_path / "run"), "save_steps": 2, "save_total_limit": 1, "logging_steps": 100}
+    path.write_text(yaml.safe_dump(RECIPE | keys))
+    assert cli.main(["pretrain", str(path)]) == 2
+    assert "the weights are not finite" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.parametrize(
+    "model_type, shape, said",
+    [
+        ("bert", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}, "tokens see later ones"),
+        ("opt", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 32}, "apart"),
+        ("bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 2}, "apart"),
+    ],
+)
+def test_models_that_leak_are_refused(model_type, shape, said, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    keys = {"output_dir": str(tmp_path / "run"), "model_type": model_type, "config_overrides": shape}
+    path.write_text(yaml.safe_dump(RECIPE | keys))
+    assert cli.main(["pretrain", str(path)]) == 2
+    assert said in capsys.readouterr().err
+    if said == "apart":
+        assert run(tmp_path, **keys, document_isolation=False)["status"] == "ok"
+
+
+def test_probing_a_model_leaves_its_weights_and_random_numbers_alone():
+    model = tiny_model().train()
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    assert build.probe_attention(model) == (True, True)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and model.training
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_saved_tokenizer_opens_a_text_as_training_did(tmp_path):
+    run(tmp_path, save_steps=2)
+    for folder in ("run/model", "run/checkpoints/step-00000002/model"):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / folder)
+        assert tokenizer("Ada had")["input_ids"][0] == tokenizer.bos_token_id
+        assert opens_with_bos(str(tmp_path / folder), tokenizer)
+
+
+def test_the_bpe_of_a_mixture_learns_from_every_source(tmp_path):
+    for name, text in {"a": "aaaa " * 3000, "b": "bbbb " * 3000}.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    files = [{"path": "text", "data_files": str(tmp_path / f"{name}.txt")} for name in "ab"]
+    run(tmp_path, datasets=files, eval_datasets=[], max_steps=1)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/model")
+    assert [len(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in (" aaaa", " bbbb")] == [1, 1]
 
 
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tiny_shakespeare.txt"

@@ -1,0 +1,161 @@
+"""Several processes: what is launched, what is refused before, and that ranks say a mistake once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llmkit import cli, launch
+from llmkit.config import PretrainConfig, UserError
+
+ROOT = Path(__file__).parent.parent
+RECIPE = {
+    "config_overrides": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "datasets": [{"path": "builtin/toyworld", "split": "train[:50]"}],
+    "tokenizer_type": "char",
+    "max_length": 64,
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "sample_max_new_tokens": 4,
+    "use_cpu": True,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_launch_variables(monkeypatch):
+    for name in ("RANK", *launch.LAUNCHED, launch.ERROR_FILE):
+        monkeypatch.delenv(name, raising=False)
+
+
+def settings(**keys) -> PretrainConfig:
+    return PretrainConfig(output_dir="x", **keys)
+
+
+def config_file(folder: Path, **keys) -> str:
+    path = folder / "acc.yaml"
+    path.write_text(yaml.safe_dump(keys))
+    return str(path)
+
+
+def test_a_relaunch_happens_once_and_only_when_asked_for(monkeypatch):
+    asked = [dict(accelerate_config="cpu"), dict(num_processes=2)]
+    assert all(launch.is_wanted(settings(**keys)) for keys in asked)
+    assert not any(launch.is_wanted(settings(**keys)) for keys in ({}, dict(num_processes=1)))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
+    assert not any(launch.is_wanted(settings(**keys)) for keys in asked) and not launch.is_main()
+
+
+def test_the_relaunch_repeats_the_call(tmp_path):
+    path, argv = tmp_path / "two.yaml", ["r.yaml", "--num_processes", "2"]
+    verb = ["-m", "llmkit", "pretrain", *argv]
+    gpu = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), "--num_processes", "2"]
+    assert launch.command(path, {}, 2, "pretrain", argv) == gpu + verb
+    cpu = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    assert launch.command(path, {"use_cpu": True}, 2, "pretrain", argv) == cpu + verb
+
+
+@pytest.mark.parametrize("num_processes, expected", [(None, 4), (2, 2)])
+def test_threads_are_shared_by_the_processes_of_either_source(num_processes, expected, tmp_path, monkeypatch):
+    """Four processes of the YAML once took every core each."""
+    seen = {}
+
+    def watch(command, environment, errors):
+        seen.update(environment, command=command)
+        return 7
+
+    monkeypatch.setattr(launch, "_watch", watch)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    keys = settings(accelerate_config=config_file(tmp_path, use_cpu=True, num_processes=4), num_processes=num_processes)
+    assert launch.relaunch(keys, "pretrain", []) == 7
+    assert seen["OMP_NUM_THREADS"] == str(16 // expected) and str(expected) in seen["command"]
+
+
+def test_the_default_is_what_the_machine_has(monkeypatch):
+    for has_gpu, use_cpu, name in ((False, False, "cpu"), (True, True, "cpu"), (True, False, "multi_gpu")):
+        monkeypatch.setattr(launch, "_has_gpu", lambda value=has_gpu: value)
+        assert launch.read_config(settings(num_processes=2, use_cpu=use_cpu))[0].stem == name
+
+
+@pytest.mark.parametrize("name", ["single_gpu", "multi_gpu"])
+def test_a_gpu_config_is_refused_without_a_gpu(name, monkeypatch, capsys):
+    """It once trained on the CPU, or ended in a traceback of NCCL."""
+    monkeypatch.setattr(launch, "_has_gpu", lambda: False)
+    assert cli.main(["pretrain", "--output_dir", "x", "--accelerate_config", name]) == 2
+    expected = f"accelerate_config={name}: needs an NVIDIA GPU, this machine has none; allowed here: cpu"
+    assert capsys.readouterr().err == f"llmkit: {expected}\n"
+
+
+@pytest.mark.parametrize("name, engine", [("zero2", "DEEPSPEED"), ("fsdp2", "FSDP")])
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_sharding_engines_are_refused_before_anything_starts(name, engine, has_gpu, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "_has_gpu", lambda: has_gpu)
+    assert cli.main(["pretrain", "--output_dir", "x", "--accelerate_config", name]) == 2
+    expected = f"accelerate_config: {engine} does not run under pretrain yet; allowed: cpu, single_gpu, multi_gpu"
+    assert capsys.readouterr().err == f"llmkit: {expected}\n"
+
+
+@pytest.mark.parametrize("num_processes", [0, -3])
+def test_fewer_than_one_process_is_refused(num_processes, tmp_path, capsys):
+    """-3 processes once trained with one and said nothing."""
+    asked = ["pretrain", "--output_dir", "x"]
+    path = config_file(tmp_path, use_cpu=True, num_processes=num_processes)
+    for words in (["--num_processes", str(num_processes)], ["--accelerate_config", path]):
+        assert cli.main([*asked, *words]) == 2
+        assert capsys.readouterr().err == f"llmkit: num_processes={num_processes}; allowed: 1 or more\n"
+
+
+@pytest.mark.parametrize("text", ["", "a: [1\n", "- 1\n"], ids=["empty", "broken", "list"])
+def test_a_broken_accelerate_config_is_one_line(text, tmp_path, capsys):
+    path = tmp_path / "acc.yaml"
+    path.write_text(text)
+    assert cli.main(["pretrain", "--output_dir", "x", "--accelerate_config", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"llmkit: {path}: ") and err.count("\n") == 1
+
+
+def test_an_unknown_accelerate_config_lists_the_shipped_ones(tmp_path, monkeypatch):
+    (tmp_path / "zero2.yaml").write_text("a: 1")
+    monkeypatch.setattr(launch, "CONFIGS", tmp_path)
+    assert launch.find_config("zero2") == tmp_path / "zero2.yaml"
+    with pytest.raises(UserError, match=r"^accelerate_config='zeero': no such file; .* or zero2$"):
+        launch.find_config("zeero")
+
+
+def test_only_the_first_rank_says_an_error(monkeypatch, capsys, tmp_path):
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        launch.say_error(f"from {rank}")
+    assert capsys.readouterr().err == "from 0\n"
+    monkeypatch.setenv(launch.ERROR_FILE, str(tmp_path / "error"))
+    launch.say_error("to the parent")
+    assert (tmp_path / "error").read_text() == "to the parent\n" and not capsys.readouterr().err
+
+
+def test_stderr_passes_until_a_rank_has_said_its_error(tmp_path, capsys):
+    errors = tmp_path / "error"
+    errors.touch()
+    script = "import sys\nprint('before', file=sys.stderr, flush=True)\nsys.stdin.readline()\n{}\nsys.exit('after')"
+    for said, expected in (("", "before\nafter\n"), (f"open({str(errors)!r}, 'w').write('x')", "before\n")):
+        # stdin is at its end: the pause is the time that `before` needs
+        code = launch._watch(
+            [sys.executable, "-c", script.format(f"import time; time.sleep(0.5)\n{said}")], dict(os.environ), errors
+        )
+        assert code == 1 and capsys.readouterr().err == expected
+
+
+@pytest.mark.medium
+def test_a_mistake_in_two_processes_is_one_line_and_exit_2(tmp_path):
+    """Every rank said it, torchrun added a report of 30 lines, and the exit code was 1."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "run"), "store_dir": str(tmp_path / "data")} | RECIPE))
+    argv = [sys.executable, "-m", "llmkit", "pretrain", str(path), "--num_processes", "2"]
+    argv += ["--config_overrides.vocab_size", "5"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=120)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("llmkit: vocab_size=5") and "# llmkit pretrain" in done.stdout
