@@ -68,7 +68,9 @@ def dispatch(argv: list[str]) -> int:
         if error.name and error.name.startswith("llmkit"):
             raise
         what = repr(error.name) if error.name else f"a package: {error}"  # transformers and accelerate give no name
-        raise config.UserError(f"llmkit {verb} needs {what}; install it with `pip install 'llmkit[all]'`") from None
+        raise config.UserError(
+            f"llmkit {verb} needs {what}; run `make setup-all` or `pip install -e '.[all]'`"
+        ) from None
     return 0
 
 

@@ -31,6 +31,7 @@ from .sources import Doc
 from .tokenizer import fingerprint
 
 NAME = "tokens.ds"
+LONGEST_DOCUMENT = 60_000_000  # characters: about 10 GB while it is encoded
 TABLE_SIZES = 128  # packing looks ahead when the pieces have at most so many different lengths
 
 
@@ -93,6 +94,12 @@ def _write_store(
             num_empty += len(batch) - len(kept)
             if not kept:
                 continue
+            longest = max(len(doc.text) for doc in kept)
+            if longest > LONGEST_DOCUMENT:
+                raise UserError(
+                    f"{where}: a document of {longest:,} characters is encoded in one piece and would take about "
+                    f"{longest * 171 / 1e9:.0f} GB of memory; set sample_by: paragraph or line"
+                )
             for doc, ids in zip(kept, _encode(tokenizer, [doc.text for doc in kept]), strict=True):
                 if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
                     raise _unknown_character(doc.text, tokenizer, where)

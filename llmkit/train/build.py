@@ -148,7 +148,7 @@ def get_tokenizer(
             tokenizer = train_bpe(_training_texts(sources, data_dir, BPE_SAMPLE_CHARACTERS), config.vocab_size)
         if config.packing_strategy == "bos_bestfit":
             add_bos(tokenizer)
-        with written_beside(folder) as partial:
+        with written_beside(folder, exist_ok=True) as partial:
             save_tokenizer(tokenizer, partial)
     return load_tokenizer(str(folder))
 
