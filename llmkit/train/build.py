@@ -224,7 +224,10 @@ def get_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
     if config.use_peft:
         model = _add_lora(model, config)
     if config.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(model, "activation_checkpointing_enable"):  # its name in later versions
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
