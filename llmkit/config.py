@@ -24,7 +24,7 @@ class UserError(ValueError):
 
 # keys that older versions of transformers and TRL used -> what to write today
 RENAMED = {
-    "torch_dtype": "bf16: true|false (training) or dtype (loading)",
+    "torch_dtype": "bf16: true|false",
     "warmup_ratio": "warmup_steps (a number below 1 is a share of all steps)",
     "max_seq_length": "max_length",
     "max_seq_len": "max_length",
@@ -47,7 +47,6 @@ RENAMED = {
     "tokenizer": "tokenizer_name",
     "tokenizer_name_or_path": "tokenizer_name",
     "dataset_name": "datasets (a list of {path, name, split, data_files})",
-    "load_in_4bit": "`llmkit quantize` after training",
 }
 
 

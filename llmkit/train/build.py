@@ -58,6 +58,7 @@ DEPENDENT: list[tuple[str, Callable[[PretrainConfig], bool], str]] = [
     ("tokenizer_type", lambda c: not c.model_name_or_path and not c.tokenizer_name, "with a given tokenizer"),
     ("lora_r lora_alpha lora_dropout lora_target_modules", lambda c: c.use_peft, "without use_peft: true"),
     ("muon_learning_rate muon_momentum", lambda c: c.optim == "muon", "without optim: muon"),
+    ("document_isolation", lambda c: c.packing_strategy == "bos_bestfit", "with packing_strategy: contiguous"),
     ("save_total_limit", lambda c: c.save_steps is not None, "without save_steps"),
     ("num_train_epochs", lambda c: c.max_steps == 0, "with max_steps"),
     ("project run_name", lambda c: c.report_to != "none", "without report_to: trackio"),
@@ -97,6 +98,8 @@ def check_config(config: PretrainConfig) -> None:
     for key, value in config.lr_scheduler_kwargs.items():
         if key not in ("num_decay_steps", "min_lr_ratio"):
             raise UserError(f"lr_scheduler_kwargs: unknown key {key!r}; allowed: num_decay_steps, min_lr_ratio")
+        if key == "num_decay_steps" and config.lr_scheduler_type != "warmup_stable_decay":
+            raise UserError(f"lr_scheduler_kwargs.{key} has no effect with {config.lr_scheduler_type}; remove it")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
             raise UserError(f"lr_scheduler_kwargs.{key}={value!r}; allowed: a number, 0 or more")
     for prompt in config.sample_prompts:
@@ -326,10 +329,8 @@ def _fresh_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, att
 
 
 def _add_lora(model: PreTrainedModel, config: PretrainConfig) -> PreTrainedModel:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise UserError("use_peft=true needs peft; run `make setup-all`, or `pip install peft`") from None
+    from peft import LoraConfig, get_peft_model  # check_config has looked for it
+
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,

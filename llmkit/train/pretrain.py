@@ -373,10 +373,8 @@ def write_sample(job: Job, prompt: str) -> str:
 def _start_tracker(config: PretrainConfig) -> Any:
     if config.report_to != "trackio":
         return None
-    try:
-        import trackio
-    except ImportError:
-        raise UserError("report_to='trackio' needs trackio; run `make setup-all`, or `pip install trackio`") from None
+    import trackio  # check_config has looked for it
+
     return trackio.init(project=config.project, name=config.run_name or Path(config.output_dir).name)
 
 

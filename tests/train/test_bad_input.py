@@ -109,6 +109,12 @@ MISTAKES = {
     "a seed above 32 bits": ({"seed": 5_000_000_000}, "seed=5000000000"),
     "a rank of no adapter": ({"lora_r": 4}, "lora_r=4 has no effect without use_peft: true"),
     "a rate of another optimiser": ({"muon_learning_rate": 0.5}, "has no effect without optim: muon"),
+    "isolation in one stream": (
+        {"packing_strategy": "contiguous", "document_isolation": False}, "has no effect with packing_strategy"
+    ),
+    "a decay that cosine has not": (
+        {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_decay_steps": 5}}, "has no effect with cosine"
+    ),
     "a limit of no checkpoints": ({"save_total_limit": 3}, "has no effect without save_steps"),
     "a folder as path": ({"datasets": [{"path": "folder.txt"}]}, "path='folder.txt' is a folder without tokens"),
     "a prompt that is a number": ({"sample_prompts": [5]}, "sample_prompts"),
