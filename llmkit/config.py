@@ -129,6 +129,9 @@ class PretrainConfig:
     ngram_order: int | None = option(None, "also score a count model with this many tokens of context on every shard")
     save_steps: int | None = option(None, "steps between checkpoints; null: at the end only")
     save_total_limit: int | None = option(None, "checkpoints kept; the oldest goes first")
+    resume_from_checkpoint: bool | str | None = option(
+        None, "true: go on from the newest good checkpoint of output_dir, or from its start; or a checkpoint's folder"
+    )
     sample_prompts: list = option([""], "continued at every evaluation, shown and kept in metrics.jsonl")
     sample_max_new_tokens: int = option(64, "length of those samples")
     report_to: Literal["none", "trackio"] = option("none", "also log there")

@@ -7,7 +7,9 @@ Starting under `accelerate launch ... -m llmkit pretrain recipe.yaml` works too,
 On CPUs `accelerate launch` starts a single process unless there is MPI, so there it is torchrun's launcher (gloo).
 """
 
+import json
 import os
+import selectors
 import subprocess
 import sys
 import tempfile
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import PretrainConfig, UserError, read_recipe
+from .run import stop_signals
 
 CONFIGS = Path(__file__).resolve().parent.parent / "accelerate_configs"
 LAUNCHED = ("LLMKIT_LAUNCHED", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")  # ours, torchrun's, accelerate launch's
@@ -52,17 +55,30 @@ def read_config(config: PretrainConfig) -> tuple[Path, dict[str, Any], int]:
     name = config.accelerate_config or ("multi_gpu" if not config.use_cpu and _has_gpu() else "cpu")
     path = find_config(name)
     settings = read_recipe(path)
-    engine = settings.get("distributed_type")
-    if engine in ("DEEPSPEED", "FSDP"):  # check_engine says the same to those who call `accelerate launch`
-        raise UserError(
-            f"accelerate_config: {engine} does not run under pretrain yet; allowed: cpu, single_gpu, multi_gpu"
-        )
+    if config.use_cpu and not settings.get("use_cpu"):  # a GPU engine, tried out on CPU processes
+        settings = settings | {"use_cpu": True, "num_processes": min(2, settings.get("num_processes", 1))}
     count = settings.get("num_processes", 1) if config.num_processes is None else config.num_processes
     if not isinstance(count, int) or count < 1:
         raise UserError(f"num_processes={count}; allowed: 1 or more")
     if not settings.get("use_cpu") and not _has_gpu():
-        raise UserError(f"accelerate_config={name}: needs an NVIDIA GPU, this machine has none; allowed here: cpu")
+        raise UserError(
+            f"accelerate_config={name}: needs an NVIDIA GPU, this machine has none; allowed here: cpu, or "
+            "use_cpu: true to try the engine on CPU processes"
+        )
     return path, settings, count
+
+
+def engine_environment(settings: dict[str, Any]) -> dict[str, str]:
+    """What `accelerate launch` would set for this YAML; CPU processes are started by torchrun instead."""
+    if settings.get("distributed_type") == "DEEPSPEED":
+        keys = {"ACCELERATE_USE_DEEPSPEED": True} | {
+            f"ACCELERATE_DEEPSPEED_{key.upper()}": value for key, value in settings["deepspeed_config"].items()
+        }
+    elif settings.get("distributed_type") == "FSDP":
+        keys = {"ACCELERATE_USE_FSDP": True} | {k.upper(): v for k, v in settings["fsdp_config"].items()}
+    else:
+        keys = {}
+    return {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in keys.items()}
 
 
 def command(path: Path, settings: dict[str, Any], count: int, verb: str, argv: list[str]) -> list[str]:
@@ -84,38 +100,65 @@ def say_error(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def _watch(command: list[str], environment: dict[str, str], errors: Path) -> int:
+def _watch(command: list[str], environment: dict[str, str], errors: Path) -> tuple[int, bool]:
     """Runs the launcher; its stderr passes through until a rank has said its error: what follows is torchrun's report.
 
-    Stdout is not touched, so progress arrives live. Returns the launcher's exit code.
+    Stdout is not touched, so progress arrives live. SIGTERM and SIGINT go on to the ranks, which save and end.
+    Returns the launcher's exit code, and whether such a signal came.
     """
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace") as process:
+    with (
+        stop_signals(is_launched=True) as asked,
+        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace") as process,
+    ):
         assert process.stderr, "asked for a pipe"
-        try:
-            for line in process.stderr:
-                if not errors.stat().st_size:
+        is_told = False
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stderr, selectors.EVENT_READ)
+            while True:
+                if asked() and not is_told:
+                    is_told = True
+                    process.terminate()
+                if not selector.select(timeout=0.2):
+                    continue
+                line = process.stderr.readline()
+                if not line:
+                    return process.wait(), asked()
+                is_rank = line.startswith("[rank")  # a crash there, by torch's own hook; the rest is torchrun's report
+                if is_rank or not (asked() or errors.stat().st_size):
                     print(line, end="", file=sys.stderr, flush=True)
-        except BaseException:  # Ctrl-C: the launcher ends its ranks, then this process
-            process.terminate()
-            for _ in process.stderr:  # until the last rank is gone
-                pass
-            raise
-        return process.wait()
+
+
+def _is_stopped(config: PretrainConfig) -> bool:
+    """The ranks have saved and ended in order."""
+    try:
+        return json.loads((Path(config.output_dir) / "result.json").read_text(encoding="utf-8"))["status"] == "stopped"
+    except (OSError, ValueError):
+        return False
 
 
 def relaunch(config: PretrainConfig, verb: str, argv: list[str]) -> int:
-    """Runs the verb in several processes; returns 2 when a rank found the user's mistake, else the launcher's code."""
+    """Runs the verb in several processes; returns 2 when a rank found the user's mistake, else the launcher's code.
+
+    0 when a signal ended it and the ranks have saved.
+    """
     path, settings, count = read_config(config)
     threads = max(1, (os.cpu_count() or 1) // count)
     with tempfile.TemporaryDirectory(prefix="llmkit-") as folder:
         errors = Path(folder) / "error"
         errors.touch()
-        ours = {"LLMKIT_LAUNCHED": "1", ERROR_FILE: str(errors)}
-        code = _watch(
+        ours = {"LLMKIT_LAUNCHED": "1", ERROR_FILE: str(errors), "LOGLEVEL": "ERROR"}  # torchrun's, about its signals
+        if settings.get("use_cpu"):
+            ours |= engine_environment(settings)
+        code, is_asked = _watch(
             command(path, settings, count, verb, argv), {"OMP_NUM_THREADS": str(threads)} | os.environ | ours, errors
         )
         said = errors.read_text(encoding="utf-8").splitlines()
+    if code and is_asked and _is_stopped(config):
+        return 0
     if code and said:
         print(said[0], file=sys.stderr)  # every rank says the same
         return 2
+    if code and is_asked:
+        print("llmkit: interrupted", file=sys.stderr)
+        return 130
     return code

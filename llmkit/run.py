@@ -1,6 +1,7 @@
 """The run folder: where a stage writes what it did.
 
-Owns `recipe.yaml`, `manifest.json`, `metrics.jsonl`, `result.json`, and that folders appear whole or not at all.
+Owns `recipe.yaml`, `manifest.json`, `metrics.jsonl`, `result.json`, that folders appear whole or not at all, and the
+signals that ask a run to stop.
 
     run = Run.start(Path(config.output_dir), "pretrain", config, {...}); run.log({"step": 1}); run.finish(result)
 
@@ -15,9 +16,11 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import weakref
@@ -30,6 +33,7 @@ from . import __version__, config
 PACKAGES = ["torch", "transformers", "accelerate", "datasets", "tokenizers", "trl", "peft", "safetensors", "numpy"]
 LOCK = ".lock"  # in the run folder while a run writes there
 HOLDS_A_RUN = ("model", "adapter", "checkpoints", "result.json")
+LOGS = ("metrics.jsonl", "alerts.jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +56,23 @@ def is_disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
-def _rename(partial: Path, folder: Path, exist_ok: bool) -> None:
+def _fsync(path: Path) -> None:
+    with contextlib.suppress(OSError):  # file systems that cannot
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _rename(partial: Path, folder: Path, exist_ok: bool, replace: bool) -> None:
+    aside = folder.with_name(f".{folder.name}.old")
     try:
+        if replace and folder.exists():
+            os.rename(folder, aside)
         os.rename(partial, folder)
+        shutil.rmtree(aside, ignore_errors=True)
+        _fsync(folder.parent)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
@@ -66,11 +84,13 @@ def _rename(partial: Path, folder: Path, exist_ok: bool) -> None:
 
 
 @contextlib.contextmanager
-def written_beside(folder: Path, exist_ok: bool = False) -> Iterator[Path]:
+def written_beside(folder: Path, exist_ok: bool = False, replace: bool = False) -> Iterator[Path]:
     """Yields an empty folder beside `folder`, renamed to it when the block ends well; removed when it does not.
 
-    Readers see the whole folder or none. Raises UserError when the disk is full; what was saved before is untouched.
-    Raises UserError, too, when another process was first; `exist_ok` (a cache) takes what that one wrote.
+    Readers see the whole folder or none, also after a power cut: every file is on the disk before the rename.
+    Raises UserError when the disk is full; what was saved before is untouched.
+    Raises UserError, too, when another process was first; `exist_ok` (a cache) takes what that one wrote, `replace`
+    (a run that goes on) puts the new one in its place.
     """
     partial = None
     try:
@@ -78,7 +98,9 @@ def written_beside(folder: Path, exist_ok: bool = False) -> Iterator[Path]:
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))  # two writers never share one
         partial.chmod(0o755)
         yield partial
-        _rename(partial, folder, exist_ok)
+        for path in (*partial.rglob("*"), partial):
+            _fsync(path)
+        _rename(partial, folder, exist_ok, replace)
     except BaseException as error:
         if partial:
             shutil.rmtree(partial, ignore_errors=True)
@@ -130,6 +152,7 @@ def quiet_libraries() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed else warns, at import, that it found no GPU
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*|.*reduce_scatter_tensor.*")  # by DeepSpeed
     warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*", module="peft.*")
 
 
@@ -151,6 +174,56 @@ def _is_run_folder(folder: Path) -> bool:
     return isinstance(manifest, dict) and "stage" in manifest
 
 
+def remove_partials(folder: Path) -> None:
+    """What a process left that was killed inside `written_beside`: hidden folders that nobody finishes any more."""
+    for path in folder.glob(".*.*"):
+        whole = path.with_name(path.stem[1:])
+        if path.suffix == ".old" and not whole.exists():  # killed between the two renames
+            os.rename(path, whole)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def cut_log(path: Path, last_step: int) -> None:
+    """Drops the lines of a .jsonl that are later than `last_step`, and a last line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line)
+        except ValueError:
+            continue
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def stop_signals(is_launched: bool) -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM and SIGINT only make the yielded function say True: the stage saves and ends.
+
+    A second SIGINT interrupts at once, except under a launcher, which passes the first one on to its ranks again.
+    """
+    asked: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and asked and not is_launched:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def check_output_dir(folder: Path) -> None:
     """Raises UserError when `folder` holds another run, or files that are no run at all."""
     if folder.is_file():
@@ -161,12 +234,22 @@ def check_output_dir(folder: Path) -> None:
     if held:
         raise config.UserError(
             f"output_dir={str(folder)!r}: holds another run ({', '.join(held)}); "
-            "choose another --output_dir, or move or remove that folder"
+            "go on with it by --resume_from_checkpoint true, choose another --output_dir, or move or remove that folder"
         )
     if any(path.name != LOCK for path in folder.iterdir()) and not _is_run_folder(folder):
         raise config.UserError(
             f"output_dir={str(folder)!r}: is not empty and not a run folder; choose another --output_dir"
         )
+
+
+def _earlier_starts(folder: Path) -> list[dict]:
+    """When, from where and with what the run in `folder` was started before; its manifest remembers."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    kept = ("started", "command", "num_processes", "resumed_at_step", "git_commit", "versions")
+    return [*manifest.get("earlier", []), {key: manifest.get(key) for key in kept}]
 
 
 def _lock(folder: Path) -> IO[str]:
@@ -201,18 +284,35 @@ class Run:
         self.unlock: Callable[[], object] = lambda: None
 
     @classmethod
-    def start(cls, folder: Path, stage: str, settings: Any, facts: dict[str, Any], is_main: bool = True) -> "Run":
+    def start(
+        cls,
+        folder: Path,
+        stage: str,
+        settings: Any,
+        facts: dict[str, Any],
+        is_main: bool = True,
+        resume_step: int | None = None,
+    ) -> "Run":
         """Creates the folder with recipe and manifest. An earlier run there that saved no weights is replaced.
 
-        Holds the folder until `finish`, or until the run is dropped after an error. Raises UserError when another does.
+        With `resume_step` the run that lies there goes on after that step: logs are cut there, the manifest keeps the
+        earlier starts. Holds the folder until `finish`, or until the run is dropped after an error. Raises
+        UserError when another does.
         """
         run = cls(folder, stage, is_main)
         if is_main:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 run.unlock = weakref.finalize(run, _unlock, _lock(folder))
-                check_output_dir(folder)  # again: another run may have finished there since the stage looked
-                (folder / "metrics.jsonl").write_text("")
+                past: dict[str, Any] = {}
+                if resume_step is None:
+                    check_output_dir(folder)  # again: another run may have finished there since the stage looked
+                    (folder / "alerts.jsonl").unlink(missing_ok=True)
+                    (folder / "metrics.jsonl").write_text("")
+                else:
+                    past = {"resumed_at_step": resume_step, "earlier": _earlier_starts(folder)}
+                    for name in LOGS:
+                        cut_log(folder / name, resume_step)
                 (folder / "recipe.yaml").write_text(config.dump(settings), encoding="utf-8")
                 manifest = {
                     "stage": stage,
@@ -220,6 +320,7 @@ class Run:
                     "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                     "versions": versions(),
                     "git_commit": _git_commit(),
+                    **past,
                     **facts,
                 }
                 write_json(folder / "manifest.json", manifest)
@@ -235,9 +336,13 @@ class Run:
         return self.folder / "model"
 
     def log(self, row: dict[str, Any]) -> None:
-        """One line of metrics.jsonl; a full disk there never stops a run that could still save its weights."""
+        """One line of metrics.jsonl."""
+        self.append("metrics.jsonl", row)
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        """One line of a log; a full disk there never stops a run that could still save its weights."""
         if self.is_main:
-            with contextlib.suppress(OSError), (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            with contextlib.suppress(OSError), (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
     def finish(self, result: Result) -> Result:

@@ -65,7 +65,7 @@ def test_threads_are_shared_by_the_processes_of_either_source(num_processes, exp
 
     def watch(command, environment, errors):
         seen.update(environment, command=command)
-        return 7
+        return 7, False
 
     monkeypatch.setattr(launch, "_watch", watch)
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
@@ -87,16 +87,24 @@ def test_a_gpu_config_is_refused_without_a_gpu(name, monkeypatch, capsys):
     monkeypatch.setattr(launch, "_has_gpu", lambda: False)
     assert cli.main(["pretrain", "--output_dir", "x", "--accelerate_config", name]) == 2
     expected = f"accelerate_config={name}: needs an NVIDIA GPU, this machine has none; allowed here: cpu"
+    expected += ", or use_cpu: true to try the engine on CPU processes"
     assert capsys.readouterr().err == f"llmkit: {expected}\n"
 
 
-@pytest.mark.parametrize("name, engine", [("zero2", "DEEPSPEED"), ("fsdp2", "FSDP")])
-@pytest.mark.parametrize("has_gpu", [False, True])
-def test_sharding_engines_are_refused_before_anything_starts(name, engine, has_gpu, monkeypatch, capsys):
-    monkeypatch.setattr(launch, "_has_gpu", lambda: has_gpu)
-    assert cli.main(["pretrain", "--output_dir", "x", "--accelerate_config", name]) == 2
-    expected = f"accelerate_config: {engine} does not run under pretrain yet; allowed: cpu, single_gpu, multi_gpu"
-    assert capsys.readouterr().err == f"llmkit: {expected}\n"
+def test_a_gpu_engine_can_be_tried_on_cpu_processes(monkeypatch):
+    """accelerate would start one process there, or turn the engine into plain DDP; the ranks read these variables."""
+    monkeypatch.setattr(launch, "_has_gpu", lambda: False)
+    for name, said in (
+        ("zero2", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
+        ("fsdp2", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
+        ("cpu", {}),
+    ):
+        path, values, count = launch.read_config(settings(accelerate_config=name, use_cpu=True))
+        environment = launch.engine_environment(values)
+        assert said.items() <= environment.items() and bool(environment) == bool(said)
+        assert count == (1 if name == "cpu" else 2) and "torch.distributed.run" in launch.command(
+            path, values, count, "pretrain", []
+        )
 
 
 @pytest.mark.parametrize("num_processes", [0, -3])
@@ -142,10 +150,10 @@ def test_stderr_passes_until_a_rank_has_said_its_error(tmp_path, capsys):
     script = "import sys\nprint('before', file=sys.stderr, flush=True)\nsys.stdin.readline()\n{}\nsys.exit('after')"
     for said, expected in (("", "before\nafter\n"), (f"open({str(errors)!r}, 'w').write('x')", "before\n")):
         # stdin is at its end: the pause is the time that `before` needs
-        code = launch._watch(
+        code, is_asked = launch._watch(
             [sys.executable, "-c", script.format(f"import time; time.sleep(0.5)\n{said}")], dict(os.environ), errors
         )
-        assert code == 1 and capsys.readouterr().err == expected
+        assert (code, is_asked) == (1, False) and capsys.readouterr().err == expected
 
 
 @pytest.mark.medium

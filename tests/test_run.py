@@ -114,26 +114,32 @@ def test_a_disk_too_full_for_a_folder_is_said_too(tmp_path, monkeypatch):
 
 
 def test_a_model_that_outgrows_a_real_disk_leaves_the_earlier_one(small_disk):
+    from accelerate import Accelerator
     from helpers import tiny_model
 
     from llmkit.data.tokenizer import train_char
-    from llmkit.train.checkpoint import save_checkpoint, save_model
+    from llmkit.train.checkpoint import damage, save_checkpoint, save_run_model
+    from llmkit.train.engines import Engine
 
-    tokenizer = train_char(["abc"])
-    save_model(tiny_model(), tokenizer, small_disk / "model")
+    tokenizer, config = train_char(["abc"]), PretrainConfig(optim="muon")
+    small, big = (
+        Engine(Accelerator(cpu=True), tiny_model(**size), config, False) for size in ({}, {"hidden_size": 256})
+    )
+    save_run_model(small, tokenizer, small_disk)
+    save_checkpoint(small, tokenizer, small_disk, {"step": 1}, {}, None)
     before = contents(small_disk)
     assert "model/model.safetensors" in before
-    big = tiny_model(hidden_size=256)  # 7 MB
     for save in (
-        lambda: save_model(big, tokenizer, small_disk / "other"),
-        lambda: save_checkpoint(big, tokenizer, small_disk, 1, None),
+        lambda: save_run_model(big, tokenizer, small_disk),  # 7 MB
+        lambda: save_checkpoint(big, tokenizer, small_disk, {"step": 2}, {}, 1),
     ):
         with pytest.raises(UserError, match="the disk is full") as error:
             save()
         assert "\n" not in str(error.value)
         assert contents(small_disk) == before
     assert sorted(path.name for path in small_disk.iterdir()) == ["checkpoints", "model"]
-    assert not any((small_disk / "checkpoints").iterdir())
+    assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step-00000001"]
+    assert damage(small_disk / "checkpoints/step-00000001") is None
 
 
 def test_a_full_disk_at_the_result_keeps_the_earlier_result(small_disk):

@@ -8,6 +8,7 @@ packing
 the windows do not overlap, and the first token of the shard is not predicted.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -73,12 +74,15 @@ def score_rows(
     model.eval()
     nll = torch.zeros(len(rows.store.ends) + 1, dtype=torch.float64)  # per document; the last takes the rest
     sums = torch.zeros(3, dtype=torch.float64)  # nats, nats on EOS, tokens; on the CPU, since MPS has no float64
-    for i, arrays in enumerate(rows.sweep(batch_size)):
-        if i % world_size != rank:
-            continue
+    sweep = rows.sweep(batch_size)
+    while turn := list(itertools.islice(sweep, world_size)):  # sharded weights: every rank must take every turn
+        is_spare = rank >= len(turn)
+        arrays = turn[0 if is_spare else rank]
         batch = {key: torch.from_numpy(np.array(value)) for key, value in arrays.items()}
         on_device = {key: value.to(device) for key, value in batch.items()}
         losses = token_losses(model, on_device, isolate=isolate and rows.plan is not None).cpu().double()
+        if is_spare:
+            continue
         labels = batch["shift_labels"]
         is_label = labels != IGNORE
         sums += torch.stack([losses.sum(), losses[labels == eos_token_id].sum(), is_label.sum()])

@@ -10,11 +10,11 @@ import hashlib
 import importlib.util
 import itertools
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -25,12 +25,34 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from .. import model as ours  # noqa: F401  registers llmkit with the Auto classes
 from ..config import PretrainConfig, UserError
+from ..data.loader import Loader, Rows
 from ..data.shards import NAME, Store, build_store, open_store
 from ..data.sources import Source, documents, source_fingerprint
 from ..data.tokenizer import add_bos, fingerprint, load_tokenizer, save_tokenizer, train_bpe, train_char
-from ..run import resolve_model_dir, written_beside
+from ..hardware import Device
+from ..run import Run, resolve_model_dir, written_beside
+from .engines import Engine
 
 BPE_SAMPLE_CHARACTERS = 50_000_000  # taken from all sources in turn, document by document
+
+
+@dataclass
+class Job:
+    """Everything the loop needs, built once by `pretrain.main`."""
+
+    config: PretrainConfig
+    device: Device
+    engine: Engine
+    console: Console
+    run: Run
+    tokenizer: PreTrainedTokenizerBase
+    loader: Loader
+    shards: dict[str, Rows]
+    max_steps: int
+    flops_per_token: float
+    can_isolate: bool
+    identity: dict[str, Any]
+    started: float
 
 
 # keys, what their value must be, how to say it
@@ -105,15 +127,6 @@ def check_config(config: PretrainConfig) -> None:
     for prompt in config.sample_prompts:
         if not isinstance(prompt, str):
             raise UserError(f"sample_prompts: {prompt!r} is {type(prompt).__name__}; allowed: text, in quotes")
-
-
-def check_engine() -> None:
-    """Raises UserError for the sharding engines: Accelerate would turn them into plain DDP on a CPU without a word."""
-    for name in ("DEEPSPEED", "FSDP"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
-            raise UserError(
-                f"accelerate_config: {name} does not run under pretrain yet; allowed: cpu, single_gpu, multi_gpu"
-            )
 
 
 def _training_texts(sources: list[Source], data_dir: Path, num_characters: float) -> Iterator[str]:
@@ -360,6 +373,34 @@ def flops_per_token(model: PreTrainedModel, context: int) -> float:
     width = heads * (getattr(c, "head_dim", None) or (c.hidden_size // heads if heads else 0))
     per_matrix = sum(p.numel() * (6 if p.requires_grad else 4) for p in matrices)
     return per_matrix + 12 * c.num_hidden_layers * width * context
+
+
+VOLATILE = ("transformers_version", "_name_or_path", "dtype", "use_cache", "_attn_implementation", "architectures")
+
+
+def identity(
+    config: PretrainConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    loader: Loader,
+    fractions: list[float] | None,
+) -> dict[str, Any]:
+    """What must be the same when a run goes on, by names whose first word says whose it is."""
+    names = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    same: dict[str, Any] = {"tokenizer": fingerprint(tokenizer), "rows_per_step": loader.rows_per_step}
+    for i, rows in enumerate(loader.sources):
+        same[f"dataset.{i}"] = rows.store.fingerprint
+    same |= {"dataset.fractions": fractions, "dataset.seed": loader.seed, "dataset.max_length": config.max_length}
+    same |= {"dataset.packing_strategy": config.packing_strategy, "optimizer.optim": config.optim}
+    same |= {f"model.{k}": v for k, v in sorted(model.config.to_dict().items()) if k not in VOLATILE}
+    same["model.trainable"] = hashlib.sha256(repr(names).encode()).hexdigest()
+    if config.use_peft:
+        frozen = hashlib.sha256()
+        for p in model.parameters():
+            if not p.requires_grad:
+                frozen.update(p.detach().numpy().tobytes())
+        same["model.frozen"] = frozen.hexdigest()
+    return same
 
 
 def check_disk(folder: Path, model: PreTrainedModel) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from ..config import PretrainConfig, UserError
@@ -43,6 +44,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params: list, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.found_inf: Tensor | None = None  # as in torch's fused optimisers: 1.0 on the device means no update
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:
@@ -56,24 +58,38 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:  # wide and tall matrices of one size share a batch, the tall ones transposed
                     shapes.setdefault((min(p.shape), max(p.shape)), []).append(p)
             for same in shapes.values():
+                if self.found_inf is None:
+                    self._step_batch(same, **{key: group[key] for key in ("lr", "momentum", "weight_decay")})
+                    continue
+                changed = [*same, *(self._buffer(p) for p in same)]
+                before = [t.detach().clone() for t in changed]
                 self._step_batch(same, **{key: group[key] for key in ("lr", "momentum", "weight_decay")})
+                for t, old in zip(changed, before, strict=True):
+                    t.copy_(torch.where(self.found_inf.bool(), old, t))  # a NaN times 0 would be a NaN
+
+    def _buffer(self, p: nn.Parameter) -> Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"]
 
     def _step_batch(self, same: list[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
         is_tall = [p.shape[0] > p.shape[1] for p in same]
-        for p in same:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in same]
+        buffers = [self._buffer(p) for p in same]
         grads = [p.grad for p in same]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         nesterov = torch._foreach_lerp(grads, buffers, momentum)
-        stacked = torch.stack([u.T if tall else u for u, tall in zip(nesterov, is_tall, strict=True)])
+        whole = [u.full_tensor() if isinstance(u, DTensor) else u for u in nesterov]  # FSDP2: every rank does all
+        stacked = torch.stack([u.T if tall else u for u, tall in zip(whole, is_tall, strict=True)])
         updates = orthogonalise(stacked).unbind()
         if weight_decay:
             torch._foreach_mul_(same, 1 - lr * weight_decay)
         for p, update, tall in zip(same, updates, is_tall, strict=True):
             num_out, num_in = reversed(p.shape) if getattr(p, "is_in_out", False) else p.shape
-            p.add_(update.T if tall else update, alpha=-lr * math.sqrt(max(1.0, num_out / num_in)))
+            update = update.T if tall else update
+            if isinstance(p, DTensor):
+                update = DTensor.from_local(update, p.device_mesh).redistribute(placements=p.placements)
+            p.add_(update, alpha=-lr * math.sqrt(max(1.0, num_out / num_in)))
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -83,8 +99,11 @@ class MuonAdamW(torch.optim.Optimizer):
         self.muon, self.adamw = muon, adamw
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
         self.param_groups = [*muon.param_groups, *adamw.param_groups]  # the same dicts: rates set here reach both
+        self.state = muon.state = adamw.state  # each holds its own parameters only
+        self.found_inf: Tensor | None = None
 
     def step(self, closure: Any = None) -> None:
+        self.muon.found_inf = self.adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
         self.muon.step()
         self.adamw.step()
 
@@ -92,13 +111,11 @@ class MuonAdamW(torch.optim.Optimizer):
         self.muon.zero_grad(set_to_none)
         self.adamw.zero_grad(set_to_none)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.muon.load_state_dict(state_dict["muon"])
-        self.adamw.load_state_dict(state_dict["adamw"])
-        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+        super().load_state_dict(state_dict)
+        count = len(self.muon.param_groups)
+        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:count], self.param_groups[count:]
+        self.muon.state = self.adamw.state = self.state
 
 
 def split_parameters(model: nn.Module) -> tuple[list, list, list]:
@@ -165,3 +182,10 @@ def lr_factor(step: int, config: PretrainConfig, max_steps: int) -> float:
 def set_learning_rate(optimizer: Any, factor: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
+
+
+def planned_rates(optimizer: torch.optim.Optimizer, config: PretrainConfig, factor: float) -> list[float]:
+    """What the rate of every group must be when the schedule stands at `factor`, from the recipe alone."""
+    count = len(optimizer.muon.param_groups) if isinstance(optimizer, MuonAdamW) else 0
+    peaks = [config.muon_learning_rate] * count + [config.learning_rate] * (len(optimizer.param_groups) - count)
+    return [peak * factor for peak in peaks]

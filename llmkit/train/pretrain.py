@@ -5,91 +5,85 @@ Owns the loop, which reads from top to bottom: `main` prepares, `fit` trains, `_
     llmkit pretrain recipes/toy/pretrain.yaml --max_steps 100
 
 loss = sum over tokens / number of tokens in the global batch, so accumulation and world size change nothing.
-Leaves out exact resume, and mixture-of-experts balancing losses: the loss is the cross-entropy alone.
+Leaves out mixture-of-experts balancing losses: the loss is the cross-entropy alone.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import timedelta
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+import torch.distributed as dist
+from accelerate.utils import set_seed
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ..config import PretrainConfig, UserError
 from ..data.loader import Loader, Rows
 from ..data.sources import parse_sources
 from ..data.tokenizer import bos_id, fingerprint
 from ..evaluate.ngram import NgramModel
-from ..evaluate.perplexity import ShardScore, score_rows, token_losses
-from ..hardware import Device, cpu_seconds, detect, peak_memory_bytes
+from ..evaluate.perplexity import ShardScore, token_losses
+from ..hardware import cpu_seconds, detect, peak_memory_bytes
 from ..report.console import shard_table
 from ..report.plots import plot_losses
-from ..run import Result, Run, check_output_dir, command_name, quiet_libraries
+from ..run import Result, Run, check_output_dir, command_name, quiet_libraries, stop_signals
 from .build import (
+    Job,
     check_attention,
     check_config,
     check_disk,
-    check_engine,
     check_prompts,
     flops_per_token,
     get_model,
     get_store,
     get_tokenizer,
+    identity,
 )
-from .checkpoint import save_checkpoint, save_run_model
-from .optim import build_optimizer, lr_factor, set_learning_rate
-
-
-@dataclass
-class Job:
-    """Everything the loop needs, built once by `main`."""
-
-    config: PretrainConfig
-    device: Device
-    accelerator: Accelerator
-    console: Console
-    run: Run
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    loader: Loader
-    shards: dict[str, Rows]
-    max_steps: int
-    flops_per_token: float
-    can_isolate: bool
-    started: float
-
-    @property
-    def bare_model(self) -> PreTrainedModel:
-        return self.accelerator.unwrap_model(self.model)
+from .checkpoint import (
+    Checkpoint,
+    check_same,
+    clear_the_way,
+    find_checkpoint,
+    load_weights,
+    restore_generators,
+    save_checkpoint,
+    save_run_model,
+)
+from .engines import check_engine, engine_kind, start_accelerator, start_engine
+from .monitor import Monitor, NotFinite, first_not_finite
+from .optim import lr_factor, planned_rates, set_learning_rate
+from .watch import evaluate, progress_bar, say_progress, start_tracker, track
 
 
 def main(config: PretrainConfig) -> Result:
     """Checks the inputs, prepares data and model, trains, writes the run folder. Raises UserError."""
     started = time.perf_counter()
     check_config(config)
-    check_engine()
+    kind = engine_kind()
+    check_engine(kind, config)
     quiet_libraries()
     folder, data_dir = Path(config.output_dir), Path(config.data_dir)
     store_dir = Path(config.store_dir) if config.store_dir else folder.parent / "data"
     device = detect(config.use_cpu, config.bf16)
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=2))  # the others wait while rank 0 tokenises
-    accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision="bf16" if device.bf16 else "no", kwargs_handlers=[patient]
-    )
+    accelerator = start_accelerator(kind, device, config)
     console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = 120  # a log file: room for the table
-    check_output_dir(folder)
+    checkpoint = None
+    if config.resume_from_checkpoint:
+        checkpoint = find_checkpoint(folder, config.resume_from_checkpoint, console.print)
+    goes_on = checkpoint is not None and checkpoint.folder.resolve().parent.parent == folder.resolve()
+    if not goes_on:
+        check_output_dir(folder)
     sources = parse_sources(config.datasets, "datasets")
     eval_sources = parse_sources(config.eval_datasets, "eval_datasets")
     names = [source.shard or source.name or f"validation{i}" for i, source in enumerate(eval_sources)]
@@ -113,9 +107,17 @@ def main(config: PretrainConfig) -> Result:
     fractions = [source.fraction for source in sources] if sources[0].fraction else None
     loader = Loader(train_rows, rows_per_step, data_seed, fractions)  # type: ignore[arg-type]
     max_steps = config.max_steps or max(1, math.ceil(config.num_train_epochs * loader.num_rows / rows_per_step))
+    is_same = identity(config, model, tokenizer, loader, fractions)
+    changed: list[str] = []
+    if checkpoint:
+        changed = check_same(checkpoint, is_same, dataclasses.asdict(config))
+        if goes_on:
+            _check_unfinished(folder, checkpoint.step, max_steps)
+        model = load_weights(model, checkpoint)
     check_disk(folder, model)
     facts = {
         "hardware": str(device),
+        "engine": kind,
         "num_processes": accelerator.num_processes,
         "seed": config.seed,
         "data_seed": data_seed,
@@ -125,19 +127,53 @@ def main(config: PretrainConfig) -> Result:
         "datasets": [r.store.manifest for r in train_rows],
         "eval_shards": {name: {**r.store.manifest, "entropy": r.entropy} for name, r in shards.items()},
     }
-    run = Run.start(folder, "pretrain", config, facts, accelerator.is_main_process)
+    accelerator.wait_for_everyone()  # every rank has read the checkpoint before rank 0 tidies up around it
+    resume_step = checkpoint.step if checkpoint and goes_on else None
+    run = Run.start(folder, "pretrain", config, facts, accelerator.is_main_process, resume_step)
+    if accelerator.is_main_process:
+        clear_the_way(folder, checkpoint)
+    model_flops = flops_per_token(model, config.max_length)
+    engine = start_engine(accelerator, kind, model, config, device.bf16)
     job = Job(
-        config, device, accelerator, console, run, model, tokenizer, loader, shards, max_steps,
-        flops_per_token(model, config.max_length), can_isolate, started,
+        config, device, engine, console, run, tokenizer, loader, shards, max_steps, model_flops, can_isolate, is_same,
+        started,
     )  # fmt: skip
-    _announce(job, train_rows)
-    return fit(job)
+    _announce(job, train_rows, kind)
+    if config.resume_from_checkpoint:
+        _say_resume(console, checkpoint, changed)
+    try:
+        return fit(job, checkpoint)
+    except RuntimeError as error:
+        is_lost = isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL"))
+        if accelerator.num_processes == 1 or not is_lost:
+            raise
+        raise UserError(
+            f"rank {accelerator.process_index} of {accelerator.num_processes} stops: another process ended or was "
+            f"killed; go on with --resume_from_checkpoint true ({' '.join(str(error).split())[:80]})"
+        ) from None
 
 
-def _announce(job: Job, train_rows: list[Rows]) -> None:
-    c, model = job.config, job.model
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+def _check_unfinished(folder: Path, step: int, max_steps: int) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        is_done = json.loads((folder / "result.json").read_text(encoding="utf-8"))["status"] == "ok"
+        if is_done and step >= max_steps:
+            raise UserError(
+                f"output_dir={str(folder)!r}: finished already, {step} of {max_steps} steps; raise max_steps to train on"
+            )
+
+
+def _say_resume(console: Console, checkpoint: Checkpoint | None, changed: list[str]) -> None:
+    if checkpoint is None:
+        console.print("resume    no checkpoint yet: from step 0")
+        return
+    console.print(f"resume    {checkpoint.folder}, step {checkpoint.step:,}")
+    for line in changed:
+        console.print(f"changed   {line}", markup=False)
+
+
+def _announce(job: Job, train_rows: list[Rows], kind: str) -> None:
+    c, model = job.config, job.engine.bare_model
+    total, trainable = job.engine.num_parameters()
     num_tokens = sum(rows.store.num_tokens for rows in train_rows)
     tokens_per_step = job.loader.rows_per_step * c.max_length
     say = job.console.print
@@ -159,24 +195,30 @@ def _announce(job: Job, train_rows: list[Rows]) -> None:
     )
     say(
         f"machine   {job.device}"
-        + (f", {job.accelerator.num_processes} processes" if job.accelerator.num_processes > 1 else "")
+        + (f", {job.engine.world_size} processes ({kind})" if job.engine.world_size > 1 else "")
     )
 
 
-def fit(job: Job) -> Result:
-    """The loop: batch, forward, backward, clip, step, log, evaluate, save."""
-    config, accelerator, run = job.config, job.accelerator, job.run
-    if config.torch_compile:
-        job.model.compile()
-    optimizer = build_optimizer(job.model, config)
-    job.model, optimizer = accelerator.prepare(job.model, optimizer)
-    world_size = accelerator.num_processes
-    tracker = _start_tracker(config) if accelerator.is_main_process else None
+@dataclasses.dataclass
+class Progress:
+    """How far the run is; what a checkpoint keeps of it."""
+
+    step: int = 0  # steps done
+    tokens: int = 0
+    train_wall_s: float = 0.0  # of earlier starts, like the next: evaluating and saving not counted
+    train_cpu_s: float = 0.0
+
+
+def fit(job: Job, checkpoint: Checkpoint | None = None) -> Result:
+    """The loop: batch, forward, backward, clip, judge, update, log, evaluate, save."""
+    config, engine, run, device = job.config, job.engine, job.run, job.engine.accelerator.device
+    monitor = Monitor(run, device, job.console.print)
+    at = _restore(job, checkpoint, monitor) if checkpoint else Progress()
+    tracker = start_tracker(config) if engine.rank == 0 else None
     started, cpu_started = time.perf_counter(), cpu_seconds()
     paused_s = paused_cpu_s = 0.0  # evaluating and saving
-    tokens_seen = 0
-    window_loss = torch.zeros((), device=accelerator.device)
-    window_started, window_tokens, window_steps = 0.0, 0, 0  # seconds of training, without the pauses
+    window: list[list[float]] = []  # (loss, grad norm, skipped, bad) of the steps since the last line
+    window_started, window_tokens = 0.0, 0  # seconds of training, without the pauses
 
     @contextlib.contextmanager
     def paused() -> Iterator[None]:
@@ -189,206 +231,209 @@ def fit(job: Job) -> Result:
     def train_seconds() -> float:
         return time.perf_counter() - started - paused_s
 
-    if config.eval_on_start:
-        with paused():
-            _evaluate(job, 0, tracker)
-    job.model.train()
-    with _progress(job) as progress:
-        bar = progress.add_task("train", total=job.max_steps, note="")
-        for step in range(job.max_steps):
-            num_tokens = job.loader.num_labels(step)  # of the whole global batch, on every rank
-            factor = lr_factor(step, config, job.max_steps)
-            set_learning_rate(optimizer, factor)
-            micro_batches = _micro_batches(job, step)
-            for i, batch in enumerate(micro_batches):
-                is_last = i == len(micro_batches) - 1
-                with contextlib.nullcontext() if is_last else accelerator.no_sync(job.model):
-                    loss = token_losses(job.model, batch, _isolate(config)).sum() / num_tokens
-                    accelerator.backward(loss * world_size)  # gradients are averaged over ranks: undo it
-                window_loss += loss.detach()
-            grad_norm = accelerator.clip_grad_norm_(job.model.parameters(), config.max_grad_norm or float("inf"))
-            optimizer.step()
-            optimizer.zero_grad()
+    def progress() -> Progress:
+        train_cpu_s = cpu_seconds() - cpu_started - paused_cpu_s
+        return Progress(at.step, at.tokens, at.train_wall_s + train_seconds(), at.train_cpu_s + train_cpu_s)
 
-            tokens_seen += num_tokens
+    if config.eval_on_start and at.step == 0:
+        with paused():
+            evaluate(job, 0, monitor, tracker)
+    engine.model.train()
+    with stop_signals(engine.world_size > 1) as asked, progress_bar(job) as bar:
+        task = bar.add_task("train", total=job.max_steps, completed=at.step, note="")
+        for step, batch, num_tokens in _batches(job, at.step):
+            factor = lr_factor(step, config, job.max_steps)
+            set_learning_rate(engine.optimizer, factor)
+            loss = torch.zeros((), device=device)
+            micro_batches = _micro_batches(job, batch)
+            for i, micro_batch in enumerate(micro_batches):
+                micro_loss = _loss(job, micro_batch) / num_tokens  # of the whole global batch, on every rank
+                engine.backward(micro_loss, is_last=i == len(micro_batches) - 1)
+                loss += micro_loss.detach()
+            loss = engine.sum(loss)
+            done = at.step = step + 1
+            if monitor.looks_at_gradients(step, config, job.max_steps):
+                monitor.see_gradients(done, engine.grad_norms())
+            engine.step(lambda grad_norm, loss=loss: monitor.judge(loss, grad_norm))  # type: ignore[misc]
+
+            at.tokens += num_tokens
             window_tokens += num_tokens
-            window_steps += 1
-            done = step + 1
-            if done % config.logging_steps == 0 or done == job.max_steps:
-                mean_loss = accelerator.reduce(window_loss).item() / window_steps  # the only wait for the device
+            if engine.rank == 0:
+                monitor.see_batch(done, step * job.loader.rows_per_step // job.loader.num_rows, batch["input_ids"])
+                rates = [group["lr"] for group in engine.optimizer.param_groups]
+                monitor.see_learning_rates(done, rates, planned_rates(engine.optimizer, config, factor))
+            is_last_step, is_log = done == job.max_steps, done % config.logging_steps == 0
+            saves = bool(config.save_steps) and (done % (config.save_steps or 1) == 0 or is_last_step)
+            stops = engine.any(asked())
+            if device.type == "cpu" or is_log or is_last_step or saves or stops:
+                try:
+                    window += monitor.drain()  # the only wait for the device
+                except NotFinite as error:
+                    raise _explain(job, error) from None
+            if is_log or is_last_step:
                 seconds = train_seconds() - window_started
                 rate = window_tokens / seconds
-                places = window_steps * job.loader.rows_per_step * config.max_length / seconds
+                places = len(window) * job.loader.rows_per_step * config.max_length / seconds
                 peak = job.device.peak_flops
                 row = {
                     "step": done,
                     "epoch": round(done * job.loader.rows_per_step / job.loader.num_rows, 4),
-                    "loss": mean_loss,
+                    "loss": sum(row[0] for row in window) / len(window),
                     "learning_rate": config.learning_rate * factor,
-                    "grad_norm": float(grad_norm),
-                    "num_input_tokens_seen": tokens_seen,
+                    "grad_norm": window[-1][1],
+                    "num_skipped_steps": monitor.num_skipped,
+                    "num_input_tokens_seen": at.tokens,
                     "tokens_per_second": round(rate, 1),
-                    "mfu": round(places * job.flops_per_token / peak / world_size, 4) if peak else None,
-                    "peak_memory_bytes": peak_memory_bytes(accelerator.device),
+                    "mfu": round(places * job.flops_per_token / peak / engine.world_size, 4) if peak else None,
+                    "peak_memory_bytes": peak_memory_bytes(device),
                     "wall_s": round(time.perf_counter() - started, 2),
+                    "train_cpu_s": round(progress().train_cpu_s, 3),
                 }
                 run.log(row)
-                _track(tracker, row)
-                if not math.isfinite(mean_loss):
-                    raise UserError(
-                        f"loss is {mean_loss} at step {done}: the run stops, nothing was saved over; "
-                        "lower learning_rate or raise warmup_steps"
-                    )
+                track(tracker, row)
                 mfu = f"  MFU {row['mfu']:.0%}" if peak else ""
-                progress.update(bar, completed=done, note=f"loss {mean_loss:.4f}  {rate:,.0f} tok/s{mfu}")
-                _say_progress(job, progress, done, str(progress.tasks[0].fields["note"]))
-                window_loss.zero_()
-                window_started, window_tokens, window_steps = train_seconds(), 0, 0
-            if config.eval_steps and done % config.eval_steps == 0 and done < job.max_steps:
+                note = f"loss {row['loss']:.4f}  {rate:,.0f} tok/s{mfu}"
+                bar.update(task, completed=done, note=note)
+                say_progress(job, bar, done, note)
+                window, window_started, window_tokens = [], train_seconds(), 0
+            if config.eval_steps and done % config.eval_steps == 0 and not is_last_step:
                 with paused():
-                    _evaluate(job, done, tracker)
-            if config.save_steps and done % config.save_steps == 0 and done < job.max_steps:
+                    evaluate(job, done, monitor, tracker)
+            if saves or (stops and not is_last_step):
                 with paused():
-                    _save(job, done)
-    train_s, train_cpu_s = train_seconds(), cpu_seconds() - cpu_started - paused_cpu_s
-    _save(job, None)
-    scores = _evaluate(job, job.max_steps, tracker)
+                    path = _save(job, progress(), monitor)
+            if stops and not is_last_step:
+                return _stop(job, path, progress(), monitor)
+    at = progress()
+    save_run_model(engine, job.tokenizer, run.folder)
+    scores = evaluate(job, job.max_steps, monitor, tracker)
     if tracker:
         tracker.finish()
-    return _finish(job, scores, tokens_seen, train_s, train_cpu_s)
+    return _finish(job, scores, at, monitor)
 
 
-def _micro_batches(job: Job, step: int) -> list[dict[str, torch.Tensor]]:
+def _batches(job: Job, first: int) -> Iterator[tuple[int, dict[str, Tensor], int]]:
+    """(step, this rank's share of the global batch on the CPU, labels of the whole batch) for the steps to come.
+
+    Where there is a GPU a thread prepares the next one, in pinned memory, while the GPU works on this one.
+    """
+    engine, is_gpu = job.engine, job.device.type == "cuda"
+
+    def load(step: int) -> tuple[int, dict[str, Tensor], int]:
+        batch = job.loader.batch(step, engine.rank, engine.world_size)
+        if is_gpu:
+            batch = {key: rows.pin_memory() for key, rows in batch.items()}
+        return step, batch, job.loader.num_labels(step)
+
+    if not is_gpu:
+        yield from map(load, range(first, job.max_steps))
+        return
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(load, first)
+        for step in range(first, job.max_steps):
+            batch = ahead.result()
+            ahead = pool.submit(load, step + 1)
+            yield batch
+
+
+def _micro_batches(job: Job, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """This rank's share of the global batch, on its device, cut into forward passes."""
-    accelerator = job.accelerator
-    batch = job.loader.batch(step, accelerator.process_index, accelerator.num_processes)
-    size = job.config.per_device_train_batch_size
-    parts = {key: rows.to(accelerator.device).split(size) for key, rows in batch.items()}
+    size, device = job.config.per_device_train_batch_size, job.engine.accelerator.device
+    parts = {key: rows.to(device, non_blocking=True).split(size) for key, rows in batch.items()}
     return [dict(zip(parts, tensors, strict=True)) for tensors in zip(*parts.values(), strict=True)]
 
 
-def _save(job: Job, step: int | None) -> None:
-    """A checkpoint, or `model/` at the end; written by rank 0 while the others wait."""
-    job.accelerator.wait_for_everyone()
-    if not all(p.isfinite().all() for p in job.bare_model.parameters()):
-        raise UserError(
-            "the weights are not finite any more: not saved, earlier checkpoints are untouched; "
-            "lower learning_rate or raise warmup_steps"
-        )
-    if job.accelerator.is_main_process:
-        if step is None:
-            save_run_model(job.bare_model, job.tokenizer, job.run.folder)
-        else:
-            save_checkpoint(job.bare_model, job.tokenizer, job.run.folder, step, job.config.save_total_limit)
-    job.accelerator.wait_for_everyone()
+def _loss(job: Job, batch: dict[str, Tensor]) -> Tensor:
+    """Sum over the labels of a micro-batch, in nats."""
+    with job.engine.autocast():
+        return token_losses(job.engine.model, batch, _isolate(job.config)).sum()
 
 
 def _isolate(config: PretrainConfig) -> bool:
     return config.packing_strategy == "bos_bestfit" and config.document_isolation
 
 
-def _progress(job: Job) -> Progress:
-    columns = (
-        BarColumn(30),
-        TextColumn("step {task.completed:,.0f}/{task.total:,.0f}  {task.fields[note]}"),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=job.console, transient=True, disable=not job.console.is_terminal)
+def _restore(job: Job, checkpoint: Checkpoint, monitor: Monitor) -> Progress:
+    """Optimiser, random generators and monitor as they were; the weights were loaded before the engine wrapped them."""
+    engine, tensors = job.engine, checkpoint.tensors
+    engine.set_state(load_file(checkpoint.folder / "optimizer.safetensors"))
+    monitor.restore({key: tensors[f"monitor/{key}"] for key in monitor.state}, checkpoint.step)
+    if not restore_generators(tensors, engine.rank, engine.accelerator.device):
+        torch.manual_seed(job.config.seed + engine.rank)
+    return Progress(**{field.name: checkpoint.state[field.name] for field in dataclasses.fields(Progress)})
 
 
-def _say_progress(job: Job, progress: Progress, done: int, note: str) -> None:
-    """Where there is no terminal to draw a bar on, about ten lines for the whole run."""
-    if progress.disable and (done * 10 // job.max_steps) > ((done - job.config.logging_steps) * 10 // job.max_steps):
-        job.console.print(f"step {done:>6,}/{job.max_steps:,}  {note}")
-
-
-def _evaluate(job: Job, step: int, tracker: Any) -> dict[str, ShardScore]:
-    """Every shard and the samples; training's random numbers are not touched."""
-    scores = {
-        name: score_rows(
-            job.bare_model,
-            rows,
-            job.config.per_device_eval_batch_size,
-            job.tokenizer.eos_token_id,
-            job.accelerator,
-            job.can_isolate,
-        )
-        for name, rows in job.shards.items()
+def _save(job: Job, at: Progress, monitor: Monitor) -> Path:
+    state = {
+        **dataclasses.asdict(at),
+        "num_processes": job.engine.world_size,
+        "identity": job.identity,
+        "recipe": dataclasses.asdict(job.config),
     }
-    row: dict[str, Any] = {"step": step}
-    for name, score in scores.items():
-        row[f"eval_{name}_loss"] = score.loss
-        row[f"eval_{name}_bits_per_byte"] = score.bits_per_byte
-    if job.accelerator.is_main_process:
-        row["samples"] = [write_sample(job, prompt) for prompt in job.config.sample_prompts]
-        job.run.log(row)
-        _track(tracker, row)
-        losses = "  ".join(f"{name} {score.loss:.4f}" for name, score in scores.items())
-        if losses:
-            job.console.print(f"eval {step:>6,}/{job.max_steps:,}  {losses}")
-        for sample in row["samples"]:
-            job.console.print(
-                f"  sample  {json.dumps(sample, ensure_ascii=False)[1:-1]}", style="dim", markup=False, soft_wrap=True
-            )
-    return scores
+    tensors = {f"monitor/{key}": value for key, value in monitor.state.items()}
+    return save_checkpoint(job.engine, job.tokenizer, job.run.folder, state, tensors, job.config.save_total_limit)
 
 
-@contextlib.contextmanager
-def own_random_numbers(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds inside the block and puts the generators of CPU and device back after it."""
-    on_mps = torch.mps.get_rng_state() if device.type == "mps" else None
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-    if on_mps is not None:
-        torch.mps.set_rng_state(on_mps)
+def _explain(job: Job, error: NotFinite) -> UserError:
+    """Runs the bad batch again with hooks, keeps it, and says which module and tensor went bad first."""
+    engine, size = job.engine, job.config.per_device_train_batch_size
+    engine.optimizer.zero_grad()
+    batch = job.loader.batch(error.step - 1, engine.rank, engine.world_size)  # a function of the step
+    found = None
+    for i, micro_batch in enumerate(_micro_batches(job, batch)):
+
+        def forward_backward(micro_batch: dict[str, Tensor] = micro_batch) -> None:
+            engine.backward(_loss(job, micro_batch), is_last=True)
+
+        where = first_not_finite(engine.bare_model, forward_backward)
+        found = found or (where and (i, where))
+    culprits = [(rank, *what) for rank, what in enumerate(engine.gather(found)) if what]
+    rank, i, where = culprits[0] if culprits else (0, 0, "everything was finite when the batch was run again")
+    path = job.run.folder / f"not-finite-step-{error.step:08d}.safetensors"
+    if engine.rank == 0:
+        rows = job.loader.batch(error.step - 1, rank, engine.world_size)
+        save_file({key: value[i * size : (i + 1) * size].contiguous() for key, value in rows.items()}, path)
+    alert = {"kind": "not-finite", "message": f"{error}; first bad: {where}", "first": where, "batch": path.name}
+    job.run.append("alerts.jsonl", {"step": error.step, **alert})
+    return UserError(
+        f"{error}: the run stops before the update; first bad: {where}; its batch is in {path}; if it is no bug of the "
+        "model, lower learning_rate or raise warmup_steps"
+    )
 
 
-@torch.no_grad()
-def write_sample(job: Job, prompt: str) -> str:
-    """One sampled continuation at temperature 0.8, the same random numbers every time."""
-    model, tokenizer = job.bare_model, job.tokenizer
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    if job.config.packing_strategy == "bos_bestfit" or not ids:
-        ids = [bos_id(tokenizer) if job.config.packing_strategy == "bos_bestfit" else tokenizer.eos_token_id, *ids]
-    room = max(1, min(job.config.sample_max_new_tokens, job.config.max_length - len(ids)))
-    was_training = model.training
-    model.eval()
-    with own_random_numbers(job.config.seed, model.device):
-        out = model.generate(
-            torch.tensor([ids], device=model.device),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
-            max_new_tokens=room,
-            do_sample=True,
-            temperature=0.8,
-            top_k=0,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    model.train(was_training)
-    return tokenizer.decode(out[0], skip_special_tokens=True)
+def _stop(job: Job, path: Path, at: Progress, monitor: Monitor) -> Result:
+    """Asked to end by a signal: the checkpoint is written, say how to go on."""
+    job.console.print(f"stopped   by a signal at step {at.step:,} of {job.max_steps:,}, saved {path}")
+    job.console.print(f"go on     {command_name()} pretrain {job.run.folder}/recipe.yaml --resume_from_checkpoint true")
+    return job.run.finish(_result(job, "stopped", {}, at, monitor))
 
 
-def _start_tracker(config: PretrainConfig) -> Any:
-    if config.report_to != "trackio":
-        return None
-    import trackio  # check_config has looked for it
+def _result(job: Job, status: str, shards: dict[str, Any], at: Progress, monitor: Monitor) -> Result:
+    return Result(
+        stage="pretrain",
+        status=status,
+        model_dir=str(job.run.model_dir),
+        parent=job.config.model_name_or_path,
+        wall_s=round(time.perf_counter() - job.started, 2),
+        cpu_s=round(cpu_seconds(), 2),
+        tokens=at.tokens,
+        shards=shards,
+        metrics={
+            "train_wall_s": round(at.train_wall_s, 2),
+            "train_cpu_s": round(at.train_cpu_s, 2),
+            "steps": at.step,
+            "num_skipped_steps": monitor.num_skipped,
+            "num_alerts": monitor.num_alerts,
+            "num_parameters": job.engine.num_parameters()[0],
+        },
+    )
 
-    return trackio.init(project=config.project, name=config.run_name or Path(config.output_dir).name)
 
-
-def _track(tracker: Any, row: dict[str, Any]) -> None:
-    if tracker:
-        numbers = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
-        tracker.log(numbers, step=row["step"])
-
-
-def _finish(job: Job, scores: dict[str, ShardScore], tokens: int, train_s: float, train_cpu_s: float) -> Result:
+def _finish(job: Job, scores: dict[str, ShardScore], at: Progress, monitor: Monitor) -> Result:
     """Writes result.json and the plot; says the loss and gap of every shard, the time, and what to do next."""
     config, run, say = job.config, job.run, job.console.print
     counts: dict[str, float] = {}
-    if config.ngram_order and job.accelerator.is_main_process:
+    if config.ngram_order and job.engine.rank == 0:
         ngram = NgramModel(job.loader.sources[0].store, config.ngram_order, bos_id(job.tokenizer), len(job.tokenizer))
         counts = {name: ngram.loss(rows.store) for name, rows in job.shards.items()}
     shards = {name: score.to_dict() for name, score in scores.items()}
@@ -397,38 +442,23 @@ def _finish(job: Job, scores: dict[str, ShardScore], tokens: int, train_s: float
         shards[name][f"ngram{config.ngram_order}_loss"] = loss
         if entropy is not None:
             shards[name]["closed"] = (loss - shards[name]["loss"]) / (loss - entropy)
-    result = run.finish(
-        Result(
-            stage="pretrain",
-            status="ok",
-            model_dir=str(run.model_dir),
-            parent=config.model_name_or_path,
-            wall_s=round(time.perf_counter() - job.started, 2),
-            cpu_s=round(cpu_seconds(), 2),
-            tokens=tokens,
-            shards=shards,
-            metrics={
-                "train_wall_s": round(train_s, 2),
-                "train_cpu_s": round(train_cpu_s, 2),
-                "steps": job.max_steps,
-                "num_parameters": sum(p.numel() for p in job.bare_model.parameters()),
-            },
-        )
-    )
-    if not job.accelerator.is_main_process:
+    result = run.finish(_result(job, "ok", shards, at, monitor))
+    if job.engine.rank != 0:
         return result
     plot = plot_losses(run.folder)
     if shards:
         say(shard_table(shards, config.ngram_order))
     say(
-        f"trained   {tokens:,} tokens in {train_s:.0f} s ({tokens / train_s:,.0f} per second), "
-        f"{result.wall_s:.0f} s in all"
+        f"trained   {at.tokens:,} tokens in {at.train_wall_s:.0f} s "
+        f"({at.tokens / max(at.train_wall_s, 1e-9):,.0f} per second), {result.wall_s:.0f} s in all"
     )
+    if monitor.num_alerts:
+        say(f"alerts    {monitor.num_alerts}, {monitor.num_skipped} steps skipped: {run.folder / 'alerts.jsonl'}")
     say(f"model     {run.model_dir}   curves  {plot}")
     llmkit = command_name()
     say(f"try it    {llmkit} generate --model_name_or_path {run.folder} --max_new_tokens 100")
-    if job.bare_model.config.model_type == "llmkit":
-        name = "qwen3" if job.bare_model.config.qk_norm else "llama"
+    if job.engine.bare_model.config.model_type == "llmkit":
+        name = "qwen3" if job.engine.bare_model.config.qk_norm else "llama"
         say("share it  outside llmkit the folder needs trust_remote_code=True; a plain copy for everything else:")
         say(f"          {llmkit} export --model_name_or_path {run.folder} --to {name} --output_dir {run.folder}/{name}")
     return result

@@ -56,7 +56,7 @@ def test_a_run_leaves_what_the_contract_says(tmp_path, capsys):
     assert {p.name for p in folder.iterdir()} == {
         "recipe.yaml", "manifest.json", "metrics.jsonl", "result.json", "loss.png", "model", "checkpoints",
     }  # fmt: skip
-    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000004"]
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000006"]
     assert result["status"] == "ok" and result["stage"] == "pretrain" and result["parent"] is None
     shard = result["shards"]["stories"]
     entropy = -sum(document("stories", "validation", i).log_prob for i in range(20))
