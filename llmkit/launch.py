@@ -7,7 +7,6 @@ Starting under `accelerate launch ... -m llmkit pretrain recipe.yaml` works too,
 On CPUs `accelerate launch` starts a single process unless there is MPI, so there it is torchrun's launcher (gloo).
 """
 
-import json
 import os
 import selectors
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import PretrainConfig, UserError, read_recipe
-from .run import stop_signals
+from .run import run_status, stop_signals
 
 CONFIGS = Path(__file__).resolve().parent.parent / "accelerate_configs"
 LAUNCHED = ("LLMKIT_LAUNCHED", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")  # ours, torchrun's, accelerate launch's
@@ -128,14 +127,6 @@ def _watch(command: list[str], environment: dict[str, str], errors: Path) -> tup
                     print(line, end="", file=sys.stderr, flush=True)
 
 
-def _is_stopped(config: PretrainConfig) -> bool:
-    """The ranks have saved and ended in order."""
-    try:
-        return json.loads((Path(config.output_dir) / "result.json").read_text(encoding="utf-8"))["status"] == "stopped"
-    except (OSError, ValueError):
-        return False
-
-
 def relaunch(config: PretrainConfig, verb: str, argv: list[str]) -> int:
     """Runs the verb in several processes; returns 2 when a rank found the user's mistake, else the launcher's code.
 
@@ -153,7 +144,7 @@ def relaunch(config: PretrainConfig, verb: str, argv: list[str]) -> int:
             command(path, settings, count, verb, argv), {"OMP_NUM_THREADS": str(threads)} | os.environ | ours, errors
         )
         said = errors.read_text(encoding="utf-8").splitlines()
-    if code and is_asked and _is_stopped(config):
+    if code and is_asked and run_status(Path(config.output_dir)) == "stopped":  # the ranks have saved
         return 0
     if code and said:
         print(said[0], file=sys.stderr)  # every rank says the same

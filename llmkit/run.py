@@ -174,6 +174,14 @@ def _is_run_folder(folder: Path) -> bool:
     return isinstance(manifest, dict) and "stage" in manifest
 
 
+def run_status(folder: Path) -> str | None:
+    """ok, stopped or failed; None for a run that has not ended, or was killed."""
+    try:
+        return json.loads((folder / "result.json").read_text(encoding="utf-8"))["status"]
+    except (OSError, ValueError):
+        return None
+
+
 def remove_partials(folder: Path) -> None:
     """What a process left that was killed inside `written_beside`: hidden folders that nobody finishes any more."""
     for path in folder.glob(".*.*"):

@@ -15,6 +15,7 @@ Letters: B rows, T positions, V vocabulary, D width, H query heads, K head size.
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -31,6 +32,29 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_llmkit import LlmkitConfig
 
 
+class RMSNormWithFusedBackward(torch.autograd.Function):
+    """LlmkitRMSNorm, bit for bit; its backward is one kernel of LayerNorm instead of ten passes over memory."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        squares = x.pow(2)
+        inverse_rms = squares.mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return torch.mul(x, inverse_rms, out=squares).mul_(weight)  # into memory that is already in the cache
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, inverse_rms = ctx.saved_tensors
+        # LayerNorm whose mean is 0 is RMSNorm, but its backward subtracts the mean of grad * weight: add that again.
+        subtracted = inverse_rms * (grad @ (weight / weight.numel())).unsqueeze(-1)
+        needed = [True, ctx.needs_input_grad[1], False]  # x, weight, bias
+        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, weight.shape, torch.zeros_like(inverse_rms), inverse_rms, weight, None, needed
+        )
+        return grad_x.add_(subtracted), grad_weight, None
+
+
 class LlmkitRMSNorm(nn.Module):
     """x / rms(x) * weight, computed in float32 (Zhang & Sennrich 2019, eq. 4)."""
 
@@ -40,6 +64,9 @@ class LlmkitRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        is_plain = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
+        if self.training and is_plain and not torch.compiler.is_compiling():  # a compiler fuses by itself
+            return RMSNormWithFusedBackward.apply(x, self.weight, self.eps)
         x_f32 = x.float()
         x_f32 = x_f32 * torch.rsqrt(x_f32.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * x_f32.to(x.dtype)
@@ -71,13 +98,17 @@ class LlmkitRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
-        angles = torch.cat((angles, angles), dim=-1)  # (B or 1, T, K)
-        return tuple((f * self.attention_scaling).to(x.dtype) for f in (angles.cos(), angles.sin()))
+        cos, sin = angles.cos(), angles.sin()
+        tables = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (B or 1, T, K)
+        # A table that all rows share is written out for every head: long runs of memory multiply twice as fast.
+        num_heads = self.config.num_attention_heads if len(position_ids) == 1 else 1
+        return tuple((f * self.attention_scaling).to(x.dtype).unsqueeze(2).repeat(1, 1, num_heads, 1) for f in tables)
 
 
-def rotate_half(x: Tensor) -> Tensor:
-    low, high = x.chunk(2, dim=-1)
-    return torch.cat((-high, low), dim=-1)
+def rotate(x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    """x (B, T, H, K) turned: (low, high) * cos + (high, low) * (-sin, sin), which rounds as Qwen3's formula does."""
+    cos, sin = (f[:, :, : x.shape[2]] for f in position_embeddings)  # fewer heads: keys, or tensor parallelism
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, dims=-1).mul_(sin))
 
 
 def eager_attention(
@@ -131,13 +162,11 @@ class LlmkitAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         B, T, _ = hidden_states.shape
         shape = (B, T, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)  # (B, H, T, K)
-        key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)  # (B, H_kv, T, K)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query = self.q_norm(self.q_proj(hidden_states).view(shape))  # (B, T, H, K)
+        key = self.k_norm(self.k_proj(hidden_states).view(shape))  # (B, T, H_kv, K)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)  # (B, H_kv, T, K)
 
-        cos, sin = (f.unsqueeze(1) for f in position_embeddings)
-        query = query * cos + rotate_half(query) * sin
-        key = key * cos + rotate_half(key) * sin
+        query, key = (rotate(x, position_embeddings).transpose(1, 2) for x in (query, key))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -231,6 +260,7 @@ class LlmkitModel(LlmkitPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        given_position_ids = position_ids
         if position_ids is None:
             num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + num_past
@@ -239,7 +269,7 @@ class LlmkitModel(LlmkitPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            position_ids=given_position_ids,  # our own never restart; a compiler cannot see that, and would mask
         )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)

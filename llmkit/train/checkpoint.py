@@ -149,7 +149,7 @@ def save_checkpoint(
 
 def _generators(device: torch.device) -> dict[str, Tensor]:
     _, keys, position, has_gauss, gauss = np.random.get_state()
-    version, words, python_gauss = random.getstate()
+    _version, words, python_gauss = random.getstate()
     own = {
         "torch": torch.get_rng_state(),
         "numpy": torch.from_numpy(np.asarray(keys, np.int64)),
@@ -220,12 +220,10 @@ def find_checkpoint(run_folder: Path, asked: bool | str, say: Callable[[str], ob
     for a named one that is damaged or is not the newest of this run, and when all are damaged. Changes nothing.
     """
     parent = run_folder / "checkpoints"
-    if asked is not True:
+    if isinstance(asked, str):
         folder = Path(asked)
         if not folder.is_dir():
-            raise UserError(
-                f"resume_from_checkpoint={asked!r}: no such folder; give true or a checkpoints/{STEP} folder"
-            )
+            raise UserError(f"resume_from_checkpoint={asked!r}: no such folder; give true, or a folder of checkpoints/")
         if wrong := damage(folder):
             raise UserError(f"resume_from_checkpoint={asked!r}: {wrong}; true takes the newest good one")
         later = [path.name for path in parent.glob(STEP) if path.name > folder.name]
@@ -269,13 +267,8 @@ def check_same(checkpoint: Checkpoint, identity: dict[str, Any], settings: dict[
         if before.get(key) != now:
             what, how = key.split(".", 1)[0], "use the one it was trained with, or start a new run"
             if key == "rows_per_step":
-                what, how = (
-                    "batch",
-                    (
-                        "per_device_train_batch_size x gradient_accumulation_steps x processes must stay, so that every "
-                        "step sees the same rows"
-                    ),
-                )
+                what = "batch"
+                how = "keep per_device_train_batch_size x gradient_accumulation_steps x processes as it was"
             raise UserError(
                 f"resume_from_checkpoint: the {what} differs from that of {checkpoint.folder.name}: {key} was "
                 f"{_short(before.get(key))}, is {_short(now)}; {how}"

@@ -3,7 +3,8 @@
 Owns how an engine wraps the model, reduces and clips gradients, makes or skips the update, and how whole weights and
 optimiser state come out of it and go back in. Every one gives the same losses, to rounding, and the same checkpoints.
 
-    engine = start_engine(accelerator, kind, model, config, bf16); engine.backward(loss, is_last=True); engine.step(judge)
+    engine = start_engine(accelerator, kind, model, config, bf16)
+    engine.backward(loss, is_last=True); engine.step(judge)
 
 `kind` comes from the environment that the launcher sets. DDP and ZeRO go through Accelerate; FSDP2 is torch's
 `fully_shard` on CPUs and GPUs alike, since Accelerate 1.15 turns FSDP on for GPUs only.
@@ -247,7 +248,7 @@ class Fsdp2(Engine):
 
         model = self.bare_model.to(self.accelerator.device)
         mesh = init_device_mesh(model.device.type, (self.world_size,))
-        reshard = not os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
+        reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
         layers = set(model._no_split_modules or [])
         for module in model.modules():
             if type(module).__name__ in layers:

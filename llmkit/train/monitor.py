@@ -146,8 +146,8 @@ class Monitor:
                 self.alert(
                     step,
                     "below-entropy",
-                    f"{name}: loss {score.loss:.4f} is below the true entropy {score.entropy:.4f}: labels leak into the "
-                    "input, or the loss is measured wrongly",
+                    f"{name}: loss {score.loss:.4f} is below the true entropy {score.entropy:.4f}: labels leak into "
+                    "the input, or the loss is measured wrongly",
                     shard=name,
                 )
 

@@ -10,9 +10,7 @@ Leaves out mixture-of-experts balancing losses: the loss is the cross-entropy al
 
 import contextlib
 import dataclasses
-import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +33,7 @@ from ..evaluate.perplexity import ShardScore, token_losses
 from ..hardware import cpu_seconds, detect, peak_memory_bytes
 from ..report.console import shard_table
 from ..report.plots import plot_losses
-from ..run import Result, Run, check_output_dir, command_name, quiet_libraries, stop_signals
+from ..run import Result, Run, check_output_dir, command_name, quiet_libraries, run_status, stop_signals
 from .build import (
     Job,
     check_attention,
@@ -104,8 +102,8 @@ def main(config: PretrainConfig) -> Result:
 
     rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     data_seed = config.seed if config.data_seed is None else config.data_seed
-    fractions = [source.fraction for source in sources] if sources[0].fraction else None
-    loader = Loader(train_rows, rows_per_step, data_seed, fractions)  # type: ignore[arg-type]
+    fractions: Any = [source.fraction for source in sources] if sources[0].fraction else None
+    loader = Loader(train_rows, rows_per_step, data_seed, fractions)
     max_steps = config.max_steps or max(1, math.ceil(config.num_train_epochs * loader.num_rows / rows_per_step))
     is_same = identity(config, model, tokenizer, loader, fractions)
     changed: list[str] = []
@@ -154,12 +152,11 @@ def main(config: PretrainConfig) -> Result:
 
 
 def _check_unfinished(folder: Path, step: int, max_steps: int) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        is_done = json.loads((folder / "result.json").read_text(encoding="utf-8"))["status"] == "ok"
-        if is_done and step >= max_steps:
-            raise UserError(
-                f"output_dir={str(folder)!r}: finished already, {step} of {max_steps} steps; raise max_steps to train on"
-            )
+    """Raises UserError for a run that is done: there is nothing to go on with."""
+    if step >= max_steps and run_status(folder) == "ok":
+        raise UserError(
+            f"output_dir={str(folder)!r}: finished, {step} of {max_steps} steps; raise max_steps to train on"
+        )
 
 
 def _say_resume(console: Console, checkpoint: Checkpoint | None, changed: list[str]) -> None:
