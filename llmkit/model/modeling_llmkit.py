@@ -47,12 +47,12 @@ class RMSNormWithFusedBackward(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, inverse_rms = ctx.saved_tensors
         # LayerNorm whose mean is 0 is RMSNorm, but its backward subtracts the mean of grad * weight: add that again.
-        subtracted = inverse_rms * (grad @ (weight / weight.numel())).unsqueeze(-1)
+        subtracted = inverse_rms * (grad @ weight).unsqueeze(-1)  # times the row length
         needed = [True, ctx.needs_input_grad[1], False]  # x, weight, bias
         grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
             grad, x, weight.shape, torch.zeros_like(inverse_rms), inverse_rms, weight, None, needed
         )
-        return grad_x.add_(subtracted), grad_weight, None
+        return grad_x.add_(subtracted, alpha=1 / weight.numel()), grad_weight, None
 
 
 class LlmkitRMSNorm(nn.Module):
@@ -100,8 +100,9 @@ class LlmkitRotaryEmbedding(nn.Module):
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         cos, sin = angles.cos(), angles.sin()
         tables = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (B or 1, T, K)
-        # A table that all rows share is written out for every head: long runs of memory multiply twice as fast.
-        num_heads = self.config.num_attention_heads if len(position_ids) == 1 else 1
+        # On a CPU a table that all rows share is written out for every head: long runs of memory multiply twice as fast.
+        is_written_out = self.training and len(position_ids) == 1 and x.device.type == "cpu"
+        num_heads = self.config.num_attention_heads if is_written_out else 1
         return tuple((f * self.attention_scaling).to(x.dtype).unsqueeze(2).repeat(1, 1, num_heads, 1) for f in tables)
 
 

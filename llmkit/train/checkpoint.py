@@ -79,7 +79,10 @@ def _parts(
         )
     model = engine.bare_model
     if not hasattr(model, "merge_and_unload"):
-        return {"model": lambda folder: _save_model(model, tokenizer, folder, weights)}
+        with torch.device("meta"):
+            plain = engine.plain_class(model.config)
+        plain.generation_config = model.generation_config
+        return {"model": lambda folder: _save_model(plain, tokenizer, folder, weights)}
 
     def save_merged(folder: Path) -> None:
         merged = copy.deepcopy(model).merge_and_unload()

@@ -119,6 +119,7 @@ class Engine:
         self.world_size, self.rank = accelerator.num_processes, accelerator.process_index
         is_gpu = accelerator.device.type == "cuda"
         self.hosts = dist.new_group(backend="gloo") if is_gpu and self.world_size > 1 else None  # talk without the GPU
+        self.plain_class = type(model)  # fully_shard puts another in its place
         self._num_parameters = [sum(p.numel() for p in ps) for ps in (model.parameters(), self.parameters().values())]
         self._wrap()
         if config.torch_compile:

@@ -140,7 +140,10 @@ def main(config: PretrainConfig) -> Result:
     if config.resume_from_checkpoint:
         _say_resume(console, checkpoint, changed)
     try:
-        return fit(job, checkpoint)
+        result = fit(job, checkpoint)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()  # leaves the process group, or gloo's threads may abort a rank as it exits
+        return result
     except RuntimeError as error:
         is_lost = isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL"))
         if accelerator.num_processes == 1 or not is_lost:

@@ -1,0 +1,275 @@
+"""Checkpoints: what resuming gives back, what it refuses, and that damage is noticed.
+
+python -m pytest tests/train/test_checkpoint.py
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_pretrain import RECIPE, ROOT, metrics, run
+
+from llmkit import cli
+from llmkit.config import UserError
+from llmkit.train import build, checkpoint
+from llmkit.train.checkpoint import damage, find_checkpoint
+
+STEP_4 = "checkpoints/step-00000004"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model/model.safetensors")
+
+
+def is_equal(a: Path, b: Path) -> bool:
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def losses(folder: Path) -> list[tuple]:
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in metrics(folder) if "loss" in row]
+
+
+def interrupted(folder: Path, last: int = 4, **keys) -> Path:
+    """A run whose checkpoints and results after step `last` never happened."""
+    run(folder, save_steps=2, **keys)
+    for path in (folder / "run/checkpoints").iterdir():
+        if int(path.name[-8:]) > last:
+            shutil.rmtree(path)
+    (folder / "run/result.json").unlink()
+    shutil.rmtree(folder / "run/model")
+    return folder / "run"
+
+
+def refused(folder: Path, capsys, **keys) -> str:
+    path = folder / "recipe.yaml"
+    recipe = {"output_dir": str(folder / "run"), "store_dir": str(folder / "data"), "save_steps": 2} | RECIPE
+    path.write_text(yaml.safe_dump(recipe | {"resume_from_checkpoint": True} | keys))
+    capsys.readouterr()
+    assert cli.main(["pretrain", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+CASES = {
+    "muon": {"optim": "muon"},
+    "adamw": {"optim": "adamw_torch_fused"},
+    "plain adamw": {"optim": "adamw_torch"},
+    "dropout": {"config_overrides": RECIPE["config_overrides"] | {"attention_dropout": 0.3}},
+    "tied": {"config_overrides": RECIPE["config_overrides"] | {"tie_word_embeddings": True}},
+    "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "gpt2 with dropout": {"model_type": "gpt2", "config_overrides": {"n_embd": 32, "n_layer": 1, "n_head": 2}},
+}
+
+
+@pytest.mark.parametrize("keys", CASES.values(), ids=CASES)
+def test_a_resumed_run_equals_one_that_was_never_interrupted(keys, tmp_path, capsys):
+    whole = tmp_path / "whole"
+    run(tmp_path, output_dir=str(whole), **keys)
+    folder = interrupted(tmp_path, **keys)
+    run(tmp_path, save_steps=2, resume_from_checkpoint=True, **keys)
+    assert f"resume    {folder / STEP_4}, step 4" in capsys.readouterr().out
+    assert is_equal(whole, folder)
+    assert losses(whole) == losses(folder)  # each step logged once
+    results = [json.loads((path / "result.json").read_text()) for path in (whole, folder)]
+    assert results[0]["tokens"] == results[1]["tokens"] and results[0]["shards"] == results[1]["shards"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["resumed_at_step"] == 4 and len(manifest["earlier"]) == 1
+
+
+def test_lora_resumes_to_the_bit_although_merging_rounds(tmp_path):
+    pytest.importorskip("peft")
+    run(tmp_path, output_dir=str(tmp_path / "base"))
+    keys = {
+        "model_name_or_path": str(tmp_path / "base"),
+        "config_overrides": {},
+        "vocab_size": 1024,
+        "use_peft": True,
+    }
+    whole = tmp_path / "whole"
+    run(tmp_path, output_dir=str(whole), **keys)
+    folder = interrupted(tmp_path, **keys)
+    assert (folder / STEP_4 / "trainable.safetensors").exists()
+    run(tmp_path, save_steps=2, resume_from_checkpoint=True, **keys)
+    assert is_equal(whole, folder) and losses(whole) == losses(folder)
+    first, second = (load_file(path / "adapter/adapter_model.safetensors") for path in (whole, folder))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_resuming_without_a_checkpoint_starts_anew_and_says_so(tmp_path, capsys):
+    assert run(tmp_path, resume_from_checkpoint=True)["status"] == "ok"
+    assert "resume    no checkpoint yet: from step 0" in capsys.readouterr().out
+
+
+def test_the_newest_good_checkpoint_is_used_when_the_newest_is_damaged(tmp_path, capsys):
+    whole = tmp_path / "whole"
+    run(tmp_path, output_dir=str(whole))
+    folder = interrupted(tmp_path)
+    path = folder / STEP_4 / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    run(tmp_path, save_steps=2, resume_from_checkpoint=True)
+    out = capsys.readouterr().out
+    assert "step-00000004 is damaged: optimizer.safetensors was changed" in out and "step 2" in out
+    assert is_equal(whole, folder) and losses(whole) == losses(folder)
+    names = {p.name for p in (folder / "checkpoints").iterdir()}
+    assert {"damaged-step-00000004", "step-00000004", "step-00000006"} <= names
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    """One random bit in every file, 20 times, and every bit of the index."""
+    folder = interrupted(tmp_path) / STEP_4
+    assert damage(folder) is None
+    generator = random.Random(0)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert {"index.json", "state.json", "state.safetensors", "optimizer.safetensors", "model.safetensors"} <= {
+        path.name for path in files
+    }
+    for path in files:
+        good = path.read_bytes()
+        bits = generator.sample(range(8 * len(good)), 20)
+        for bit in bits:
+            bad = bytearray(good)
+            bad[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(bad)
+            assert damage(folder), f"bit {bit} of {path.name}"
+        path.write_bytes(good)
+    (folder / "extra").touch()
+    assert damage(folder) == "extra was not written by llmkit"
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        ({"datasets": [{"path": "builtin/toyworld", "split": "train[:301]"}]}, "the "),
+        ({"max_length": 128}, "the dataset differs from that of step-00000004: dataset.max_length was 256, is 128"),
+        ({"seed": 1}, "the dataset differs from that of step-00000004: dataset.seed was 0, is 1"),
+        ({"vocab_size": 500}, "the tokenizer differs"),
+        ({"config_overrides": RECIPE["config_overrides"] | {"rms_norm_eps": 1e-5}}, "model.rms_norm_eps was 1e-06"),
+        ({"config_overrides": RECIPE["config_overrides"] | {"hidden_size": 64}}, "the model differs"),
+        ({"optim": "muon"}, "the optimizer differs"),
+        ({"per_device_train_batch_size": 8}, "the batch differs from that of step-00000004: rows_per_step was 4, is 8"),
+    ],
+)
+def test_another_data_set_tokenizer_or_model_is_refused_by_name(keys, said, tmp_path, capsys):
+    folder = interrupted(tmp_path)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert said in refused(tmp_path, capsys, **keys)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_changed_settings_are_listed(tmp_path, capsys):
+    interrupted(tmp_path)
+    capsys.readouterr()
+    run(tmp_path, save_steps=3, resume_from_checkpoint=True, learning_rate=0.001, data_dir=str(tmp_path))
+    changed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed")]
+    assert changed == ["changed   learning_rate: 0.003 -> 0.001", "changed   save_steps: 2 -> 3"]
+
+
+def test_a_finished_run_is_not_run_again_but_can_be_prolonged(tmp_path, capsys):
+    run(tmp_path, save_steps=2)
+    assert "finished, 6 of 6 steps; raise max_steps to train on" in refused(tmp_path, capsys)
+    assert run(tmp_path, save_steps=2, resume_from_checkpoint=True, max_steps=8)["metrics"]["steps"] == 8
+    assert [row[0] for row in losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_run_in_the_way_says_how_to_go_on(tmp_path, capsys):
+    interrupted(tmp_path)
+    assert "--resume_from_checkpoint true" in refused(tmp_path, capsys, resume_from_checkpoint=None)
+
+
+def test_a_named_checkpoint_branches_off_into_another_folder(tmp_path, capsys):
+    folder = interrupted(tmp_path)
+    step_2 = folder / "checkpoints/step-00000002"
+    assert "step-00000004 of the same run is newer" in refused(tmp_path, capsys, resume_from_checkpoint=str(step_2))
+    assert "no such folder" in refused(tmp_path, capsys, resume_from_checkpoint="nowhere")
+    keys = {"resume_from_checkpoint": str(step_2), "output_dir": str(tmp_path / "branch")}
+    assert run(tmp_path, **keys)["metrics"]["steps"] == 6
+    assert [row[0] for row in losses(tmp_path / "branch")] == [3, 4, 5, 6] and step_2.exists()
+
+
+def test_when_all_are_damaged_the_run_is_not_started_over(tmp_path):
+    folder = tmp_path / "checkpoints/step-00000001"
+    folder.mkdir(parents=True)
+    with pytest.raises(UserError, match="all 1 checkpoints"):
+        find_checkpoint(tmp_path, True, print)
+
+
+def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path):
+    """`.old` without its successor was killed between two renames: it is the only copy."""
+    parent = tmp_path / "checkpoints"
+    for name in (".step-00000006.abc", ".step-00000002.old", ".step-00000004.old", "step-00000004"):
+        (parent / name).mkdir(parents=True)
+    checkpoint.clear_the_way(tmp_path, None)
+    assert sorted(path.name for path in parent.iterdir()) == ["step-00000002", "step-00000004"]
+
+
+def test_random_generators_come_back():
+    device = torch.device("cpu")
+    random.gauss(0, 1)  # leaves a second value behind
+    np.random.standard_normal()
+    saved = {f"rng/0/{key}": value for key, value in checkpoint._generators(device).items()}
+
+    def draw() -> list:
+        return [random.gauss(0, 1), random.random(), *np.random.standard_normal(2), *torch.rand(2).tolist()]
+
+    first = draw()
+    assert checkpoint.restore_generators(saved, 0, device) and draw() == first
+    assert not checkpoint.restore_generators(saved, 1, device)
+
+
+def test_logs_are_cut_where_the_run_goes_on(tmp_path):
+    from llmkit.run import cut_log
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 3}\n{"step": 2}\n{"step": 2, "lo')
+    cut_log(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.medium
+def test_a_signal_saves_and_ends_with_0(number, tmp_path):
+    """A new process, since signals go to a process; the resumed run equals an uninterrupted one."""
+    whole = tmp_path / "whole"
+    keys = {"max_steps": 150, "logging_steps": 1}
+    path = tmp_path / "recipe.yaml"
+    recipe = {"output_dir": str(tmp_path / "run"), "store_dir": str(tmp_path / "data")} | RECIPE | keys
+    path.write_text(yaml.safe_dump(recipe))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "llmkit", "pretrain", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    log = tmp_path / "run/metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size > 500):
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and not err, err
+    assert "stopped   by a signal at step" in out and "--resume_from_checkpoint true" in out
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["status"] == "stopped" and 0 < result["metrics"]["steps"] < 150
+    again = run(tmp_path, resume_from_checkpoint=True, **keys)
+    assert again["status"] == "ok"
+    run(tmp_path, output_dir=str(whole), **keys)
+    assert is_equal(whole, tmp_path / "run") and losses(whole) == losses(tmp_path / "run")
+
+
+def test_identity_names_each_part(tmp_path):
+    """Every first word is one that an error can say."""
+    folder = interrupted(tmp_path)
+    state = json.loads((folder / STEP_4 / "state.json").read_text())
+    assert {key.split(".")[0] for key in state["identity"]} == {
+        "tokenizer", "rows_per_step", "dataset", "optimizer", "model",
+    }  # fmt: skip
+    assert build.VOLATILE and not any(key.removeprefix("model.") in build.VOLATILE for key in state["identity"])
