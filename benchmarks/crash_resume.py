@@ -135,9 +135,10 @@ def kill_once(bench: Bench, run: Path, aim: str, rng: random.Random) -> bool:
     assert process.stdout and process.stderr
     is_training = any(line.startswith("resume ") for line in process.stdout)  # reads on to that line, or the end
     folder = newest(run)
-    due = int(folder.name.split("-")[1]) + rng.randint(1, 2 * SAVE_STEPS) if folder else 1
-    partials = {"save": lambda: [*run.glob("checkpoints/.step-*")], "final save": lambda: [*run.glob(".model.*")]}
-    if aim != "final save":
+    due = (int(folder.name.split("-")[1]) if folder else 0) + rng.randint(1, 2 * SAVE_STEPS)
+    partials = {aim: lambda: [*run.glob("checkpoints/.step-*")] for aim in ("first save", "save")}
+    partials["final save"] = lambda: [*run.glob(".model.*")]
+    if aim in ("save", "any moment"):
         wait_until(lambda: len(losses(run)) >= due, process)
     if aim in partials:
         wait_until(partials[aim], process)
@@ -155,7 +156,7 @@ def measure_kills(bench: Bench, num_kills: int, rng: random.Random) -> Path | No
     run, num_inside, num_whole = bench.folder / "killed", 0, 0
     print(f"{'kill':<8}{'aimed at':<13}{'steps logged':>12}  {'inside a save':<15}newest checkpoint", flush=True)
     for i in range(1, num_kills + 1):
-        aim = "final save" if i == num_kills else "save" if i % 2 else "any moment"
+        aim = "first save" if i == 1 else "final save" if i == num_kills else "save" if i % 2 else "any moment"
         try:
             is_inside = kill_once(bench, run, aim, rng)
         except RuntimeError as error:

@@ -100,7 +100,7 @@ class LlmkitRotaryEmbedding(nn.Module):
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         cos, sin = angles.cos(), angles.sin()
         tables = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (B or 1, T, K)
-        # On a CPU a table that all rows share is written out for every head: long runs of memory multiply twice as fast.
+        # On a CPU a table that all rows share is written out for every head: long runs of memory multiply faster.
         is_written_out = self.training and len(position_ids) == 1 and x.device.type == "cpu"
         num_heads = self.config.num_attention_heads if is_written_out else 1
         return tuple((f * self.attention_scaling).to(x.dtype).unsqueeze(2).repeat(1, 1, num_heads, 1) for f in tables)

@@ -1,19 +1,13 @@
-"""What two ranks check about their engine; started by test_engines.py under torchrun.   engine_ranks.py zero2"""
+"""What two ranks check about their engine; started by test_engines.py under torchrun.
 
-import os
+torchrun --nproc_per_node 2 engine_ranks.py zero2     # the environment says zero2, too"""
+
 import sys
-
-KIND = sys.argv[1]
-if KIND.startswith("zero"):
-    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": KIND[-1]}
-elif KIND == "fsdp2":
-    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import torch
 from helpers import random_ids, tiny_model
 
-from llmkit.config import PretrainConfig, UserError
+from llmkit.config import PretrainConfig
 from llmkit.evaluate.perplexity import token_losses
 from llmkit.hardware import detect
 from llmkit.run import quiet_libraries
@@ -38,7 +32,7 @@ betas = (CONFIG.adam_beta1, CONFIG.adam_beta2)
 torch.optim.AdamW(groups, lr=CONFIG.learning_rate, betas=betas, eps=CONFIG.adam_epsilon).step()
 
 kind = engine_kind()
-assert kind == KIND, kind
+assert kind == sys.argv[1], kind
 accelerator = start_accelerator(kind, detect(use_cpu=True), CONFIG)
 engine = start_engine(accelerator, kind, tiny_model().train(), CONFIG, bf16=False)
 assert engine.world_size == 2 and engine.num_parameters()[0] == sum(p.numel() for p in plain.parameters())
@@ -75,10 +69,6 @@ state = engine.get_state()
 assert all(float(value) == 1 for key, value in state.items() if key.endswith("/step")), "a skipped step was counted"
 assert engine.any(engine.rank == 1) and not engine.any(False) and engine.gather(engine.rank) == [0, 1]
 assert float(engine.sum(torch.tensor(1.0 + engine.rank))) == 3.0
-try:
-    start_engine(accelerator, "zero1" if KIND == "ddp" else "ddp", tiny_model(), CONFIG, bf16=False)
-except (UserError, AttributeError, AssertionError):
-    pass
 accelerator.wait_for_everyone()
 accelerator.end_training()
 print("ok", flush=True)

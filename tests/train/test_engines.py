@@ -16,12 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from helpers import tiny_model
 from safetensors.torch import load_file
 from test_pretrain import RECIPE, ROOT, metrics, run
 
-from llmkit.config import PretrainConfig, UserError
+from llmkit import launch
+from llmkit.config import PretrainConfig, UserError, read_recipe
 from llmkit.train.checkpoint import damage
-from llmkit.train.engines import check_engine, engine_kind
+from llmkit.train.engines import Engine, Fsdp2, check_engine, engine_kind, start_engine
 
 KEYS = {"lr_scheduler_type": "constant", "warmup_steps": 2, "save_steps": 4}  # no schedule that depends on max_steps
 ENGINES = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
@@ -103,8 +106,10 @@ def test_one_process_then_two_then_one_equals_one_process(engine, one, tmp_path)
 def test_an_engine_clips_judges_and_skips_as_one_process_does(engine):
     """On the ranks: gradient norms, a skipped step that changes nothing, a gradient that is not finite."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    said = launch.engine_environment(read_recipe(launch.find_config("cpu" if engine == "ddp" else engine)))
+    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(
-        [*launcher, str(RANKS), engine], capture_output=True, text=True, env=environment(), timeout=240
+        [*launcher, str(RANKS), engine], capture_output=True, text=True, env=environment() | said | paths, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("ok") == 2
@@ -193,6 +198,16 @@ def test_what_an_engine_cannot_do_is_refused_by_name(kind, keys, said):
     with pytest.raises(UserError, match=said):
         check_engine(kind, PretrainConfig(**keys))
     check_engine("ddp", PretrainConfig(**keys))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_an_engine_that_did_not_wrap_the_model_is_refused(kind, monkeypatch):
+    """Accelerate turns engines off without a word where it thinks that they cannot run."""
+    if kind == "fsdp2":
+        monkeypatch.setattr(Fsdp2, "_wrap", Engine._wrap)
+    said = rf"asked for {kind}, got LlmkitForCausalLM on 1 processes; allowed: single, ddp"
+    with pytest.raises(UserError, match=said):
+        start_engine(Accelerator(cpu=True), kind, tiny_model(), PretrainConfig(), bf16=False)
 
 
 def test_torch_has_not_been_told_of_ranks_by_these_tests():

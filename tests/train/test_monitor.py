@@ -55,6 +55,7 @@ def test_the_gradient_norm_is_judged_too_and_a_drop_is_none(tmp_path):
     watch = monitor(tmp_path)
     quiet_steps(watch, WINDOW)
     assert not judge(watch, -50.0, 0.0)
+    assert not judge(watch, 2.0, norm=15.0)  # heavy tails are no spikes
     assert judge(watch, 2.0, norm=100.0)
 
 
