@@ -396,12 +396,15 @@ def main() -> int:
         print(f"left out  shakespeare: needs --nanogpt and {args.data_dir}/tiny_shakespeare.txt", flush=True)
     else:
         share = measure_time(args.dry_run, args.nanogpt, args.data_dir)
+    if args.dry_run:
+        print('dry run: every part that says no "left out" has run', flush=True)
+        return 0
     verdicts = [
         judge("tokens/s over nanoGPT's", ratios["speed"], SPEED_TARGET, is_at_least=True),
         judge("MFU", ratios["mfu"], MFU_TARGET, is_at_least=True),
         judge(f"share of nanoGPT's time to {LOSS_TARGET}", share, TIME_TARGET, is_at_least=False),
     ]
-    return 0 if all(verdicts) or args.dry_run else 1
+    return 0 if all(verdicts) else 1
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ Letters: B rows, T positions, V vocabulary, D width, H query heads, K head size.
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -300,6 +301,15 @@ class LlmkitForCausalLM(LlmkitPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        logits = self.lm_head(hidden_states)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _losses(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+        """-log p of every label, (N,) float32, 0 where the label is -100; hidden_states (N, D)."""
+        return nn.functional.cross_entropy(self._logits(hidden_states).float(), labels, reduction="none")
+
     @can_return_tuple
     def forward(
         self,
@@ -311,11 +321,16 @@ class LlmkitForCausalLM(LlmkitPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        shifted_labels: Tensor | None = None,
+        chunk_tokens: int | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), or only the last `logits_to_keep` positions; loss in nats per token when labels are given.
 
         labels[t] == ids[t]: the loss shifts by one; -100 is ignored. `num_items_in_batch` replaces the divisor.
+        With `shifted_labels` (B, T), shifted_labels[t] == ids[t + 1], there are no logits and `loss` is (B, T), in
+        nats, 0 where ignored: the head then runs on `chunk_tokens` positions at a time, and once more in backward, so
+        that a large vocabulary takes memory for one chunk only.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -326,10 +341,15 @@ class LlmkitForCausalLM(LlmkitPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+        if shifted_labels is not None:
+            size = chunk_tokens or shifted_labels.numel()
+            parts = zip(
+                outputs.last_hidden_state.flatten(0, 1).split(size), shifted_labels.flatten().split(size), strict=True
+            )
+            losses = [checkpoint(self._losses, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+            return CausalLMOutputWithPast(loss=torch.cat(losses).view(shifted_labels.shape))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        if (cap := self.config.final_logit_softcapping) is not None:
-            logits = cap * torch.tanh(logits / cap)
+        logits = self._logits(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

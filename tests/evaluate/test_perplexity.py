@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import random_ids, tiny_model
 
 from llmkit.data.loader import Rows
 from llmkit.data.shards import build_store
 from llmkit.data.sources import Doc
 from llmkit.data.tokenizer import train_char
-from llmkit.evaluate.perplexity import score_rows
+from llmkit.evaluate import perplexity
+from llmkit.evaluate.perplexity import score_rows, token_losses
 
 BOS, EOS, PAD = 0, 1, 2
 CONTEXT = 12
@@ -145,3 +146,27 @@ def test_processes_share_the_batches_and_their_sums_agree(model, make_rows):
         score_rows(model, rows, 1, EOS, Part(rank, parts[-1]))
     (nats, _, count), whole = sum(sums[0] for sums in parts).tolist(), score_rows(model, rows, 1, EOS)
     assert (nats / count, count) == (pytest.approx(whole.loss, abs=1e-12), whole.num_tokens)
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True}, {"final_logit_softcapping": 5.0}], ids=str)
+def test_a_head_cut_into_chunks_gives_the_same_losses_and_gradients(options, monkeypatch):
+    """20 positions in chunks of 7; some labels are ignored."""
+    results = []
+    ids = random_ids(2, 11)
+    labels = ids[:, 1:].masked_fill(torch.arange(10) % 4 == 0, -100)
+    batch = {"input_ids": ids[:, :-1], "shift_labels": labels}
+    for size in (None, 7):
+        monkeypatch.setattr(perplexity, "chunk_tokens", lambda *_, size=size: size)
+        model = tiny_model(**options).train()
+        losses = token_losses(model, batch, isolate=False)
+        (losses * torch.arange(20.0).view(2, 10)).sum().backward()
+        results.append([losses, *(p.grad for p in model.parameters())])
+    assert results[0][0].shape == (2, 10) and (results[1][0][labels == -100] == 0).all()
+    for whole, cut in zip(*results, strict=True):
+        assert torch.allclose(whole, cut, atol=1e-5)
+
+
+def test_only_large_vocabularies_are_cut():
+    cpu = torch.device("cpu")
+    assert perplexity.chunk_tokens(65, 12 * 64, cpu) is None and perplexity.chunk_tokens(32768, 4096, cpu) is None
+    assert perplexity.chunk_tokens(32768, 4097, cpu) == 512 and perplexity.chunk_tokens(2**25, 4097, cpu) == 1
