@@ -2,7 +2,7 @@
 
 Owns the measurement of what `llmkit pretrain --resume_from_checkpoint true` promises, from outside, by its command:
 
-    python benchmarks/crash_resume.py --kills 20     # about 5 minutes on one core; exit code 1 if a promise is broken
+    python benchmarks/crash_resume.py --kills 20     # about 4 minutes on one core; exit code 1 if a promise is broken
 
 1. Kills by SIGKILL: every second one inside the save of a checkpoint, beginning with the very first save, the last
    one inside that of the final `model/`, the others at a random moment of training. After every kill the newest

@@ -306,12 +306,15 @@ def measure_speed(setting: Setting, contenders: list[Contender], peak: float | N
 # ---- 2. time to a loss
 
 
-def watch(command: list[str], folder: Path, losses: Callable[[str], list[float]], target: float) -> float | None:
+def watch(
+    name: str, command: list[str], folder: Path, losses: Callable[[str], list[float]], target: float
+) -> float | None:
     """Starts a process in `folder`; seconds until an evaluation is at or under the target, None when it never is.
 
     `losses` finds the validation losses in a line of its output. The process is ended as soon as the target is reached.
     """
-    started, seen = time.perf_counter(), []
+    started = time.perf_counter()
+    seen: list[tuple[float, float]] = []  # (loss, seconds)
     options: dict[str, Any] = {"cwd": folder, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command, **options) as process:
         assert process.stdout
@@ -324,7 +327,7 @@ def watch(command: list[str], folder: Path, losses: Callable[[str], list[float]]
                 process.kill()
                 return seen[-1][1]
     lowest = f"lowest {min(seen)[0]:.4f} after {min(seen)[1]:.0f} s" if seen else f"ended with: {''.join(tail).strip()}"
-    print(f"not there {Path(command[-1]).name}: never at or under {target}; {lowest}", flush=True)
+    print(f"not there {name}: never at or under {target}; {lowest}", flush=True)
     return None
 
 
@@ -337,6 +340,7 @@ def measure_time(is_dry: bool, checkout: Path, data_dir: Path) -> float | None:
         tiny = "--use_cpu true --torch_compile false --max_steps 4 --eval_steps 2 --config_overrides.hidden_size 24"
         recipe += ["--output_dir", str(scratch / "run"), *(tiny.split() if is_dry else [])]
         ours = watch(
+            "llmkit",
             [sys.executable, "-u", "-m", "llmkit", "pretrain", *recipe],
             ROOT,
             lambda line: [float(x) for x in re.findall(r"^eval .* validation (\d+\.\d+)", line)],
@@ -350,6 +354,7 @@ def measure_time(is_dry: bool, checkout: Path, data_dir: Path) -> float | None:
         tiny = "--device=cpu --compile=False --max_iters=4 --eval_interval=2 --eval_iters=1 --n_layer=1 --n_embd=24"
         options = tiny.split() if is_dry else []
         theirs = watch(
+            "nanoGPT",
             [sys.executable, "-u", "train.py", "config/train_shakespeare_char.py", *options],
             theirs_dir,
             lambda line: [float(x) for x in re.findall(r"^step .* val loss (\d+\.\d+)", line)],

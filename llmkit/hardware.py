@@ -4,6 +4,7 @@ Owns the choice of device, made once and said in one line.   device = detect(use
 Leaves out how many processes run: that is Accelerate's.
 """
 
+import dataclasses
 import os
 import platform
 import re
@@ -36,6 +37,9 @@ PEAK_BF16 = {
 }
 
 
+THREAD_FLOPS = 2e9  # of a batch, forward and backward: 20 to 40 ms of one core
+
+
 @dataclass(frozen=True)
 class Device:
     """One accelerator or the CPU; `peak_flops` is for the dtype in use: bf16 on a GPU, float32 on a CPU."""
@@ -48,7 +52,7 @@ class Device:
 
     def __str__(self) -> str:
         peak = f", {self.peak_flops / 1e12:.3g} TFLOP/s peak" if self.peak_flops else ""
-        threads = f", {self.num_threads} threads" if self.type == "cpu" else ""
+        threads = f", {self.num_threads} thread{'s' * (self.num_threads > 1)}" if self.type == "cpu" else ""
         return f"{self.type} ({self.name}){threads}, {'bfloat16' if self.bf16 else 'float32'}{peak}"
 
 
@@ -77,6 +81,22 @@ def measured_cpu_flops(size: int = 768) -> float:
 def peak_bf16(name: str) -> float | None:
     """FLOP/s of a GPU by its name, as whole words: an RTX A4000 is no A40. None for a card that is not listed."""
     return next((flops for key, flops in PEAK_BF16.items() if re.search(rf"\b{re.escape(key)}\b", name)), None)
+
+
+def use_threads(device: Device, flops_per_pass: float) -> Device:
+    """As many threads as a pass over one batch keeps busy, on a CPU; a count in OMP_NUM_THREADS is left alone.
+
+    One per THREAD_FLOPS: threads that wait for each other spin. On two free cores the second one makes a step of 4e9
+    FLOPs 1.6 times as fast, on two busy ones 2 to 20 times as slow (recipes/LOG.md).
+    """
+    import torch
+
+    if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return device
+    count = max(1, min(torch.get_num_threads(), round(flops_per_pass / THREAD_FLOPS)))
+    torch.set_num_threads(count)
+    measured_cpu_flops.cache_clear()
+    return dataclasses.replace(device, num_threads=count, peak_flops=device.peak_flops and measured_cpu_flops())
 
 
 def keep_freed_memory() -> None:

@@ -99,6 +99,8 @@ def written_beside(folder: Path, exist_ok: bool = False, replace: bool = False) 
         partial.chmod(0o755)
         yield partial
         for path in (*partial.rglob("*"), partial):
+            if path.is_file():
+                path.chmod(0o644)  # safetensors writes 0600
             _fsync(path)
         _rename(partial, folder, exist_ok, replace)
     except BaseException as error:
@@ -239,6 +241,8 @@ def check_output_dir(folder: Path) -> None:
     if not folder.exists():
         return
     held = [name for name in HOLDS_A_RUN if (folder / name).exists()]
+    if "checkpoints" in held and not any((folder / "checkpoints").glob("[!.]*")):
+        held.remove("checkpoints")  # killed inside its first save
     if held:
         raise config.UserError(
             f"output_dir={str(folder)!r}: holds another run ({', '.join(held)}); "

@@ -210,7 +210,7 @@ def test_output_dir_may_be_new_empty_or_a_run_without_weights(tmp_path):
 @pytest.mark.parametrize("name", ["model", "adapter", "checkpoints", "result.json"])
 def test_output_dir_with_results_is_refused(name, tmp_path):
     Run.start(tmp_path, "pretrain", PretrainConfig(), {})
-    (tmp_path / name).mkdir()
+    (tmp_path / name / "step-00000001").mkdir(parents=True)
     with pytest.raises(UserError, match=rf"output_dir='{tmp_path}': holds another run \({name}\)"):
         check_output_dir(tmp_path)
 
@@ -290,3 +290,20 @@ def test_a_plot_takes_any_shard_name(shard, tmp_path):
 def test_an_empty_run_still_has_a_plot(tmp_path):
     Run.start(tmp_path, "pretrain", PretrainConfig(), {})
     assert plot_losses(tmp_path) == tmp_path / "loss.png"
+
+
+def test_a_run_killed_inside_its_first_save_is_no_run_in_the_way(tmp_path):
+    """`checkpoints/` with nothing but a hidden partial folder once made the run impossible to resume or replace."""
+    Run.start(tmp_path / "run", "pretrain", PretrainConfig(), {}).unlock()
+    (tmp_path / "run/checkpoints/.step-00000008.abcd1234").mkdir(parents=True)
+    check_output_dir(tmp_path / "run")
+    (tmp_path / "run/checkpoints/step-00000008").mkdir()
+    with pytest.raises(UserError, match="holds another run"):
+        check_output_dir(tmp_path / "run")
+
+
+def test_others_can_read_what_a_run_saves(tmp_path):
+    """safetensors writes files that only their owner can read."""
+    with written_beside(tmp_path / "model") as partial:
+        (partial / "a").touch(mode=0o600)
+    assert (tmp_path / "model/a").stat().st_mode & 0o777 == 0o644

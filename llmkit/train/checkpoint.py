@@ -142,7 +142,9 @@ def save_checkpoint(
             (partial / "state.json").write_text(json.dumps(state, indent=1, default=str), encoding="utf-8")
             (partial / INDEX).write_text(_as_text(_files(partial)), encoding="utf-8")
         for old in sorted(path.parent.glob(STEP))[: -save_total_limit if save_total_limit else 0]:
-            shutil.rmtree(old)
+            hidden = old.with_name(f".{old.name}.gone")  # a kill must not leave half of it under its name
+            os.rename(old, hidden)
+            shutil.rmtree(hidden)
     engine.accelerator.wait_for_everyone()
     return path
 

@@ -130,6 +130,8 @@ class Engine:
         self.optimizer = build_optimizer(self.bare_model, self.config)
         self.model = self.accelerator.prepare(self.bare_model)
 
+        self.trainable = list(self.parameters().values())
+
     def is_wrapped_as(self, kind: str) -> bool:
         is_ddp = isinstance(self.model, nn.parallel.DistributedDataParallel)
         return is_ddp if kind == "ddp" else kind == "single" and not is_ddp
@@ -180,7 +182,7 @@ class Engine:
         `grad_norm` is that of the global batch before clipping. On a GPU nothing waits for the verdict: the update is
         masked on the device.
         """
-        norm = nn.utils.clip_grad_norm_(self.bare_model.parameters(), self.config.max_grad_norm or float("inf"))
+        norm = nn.utils.clip_grad_norm_(self.trainable, self.config.max_grad_norm or float("inf"))
         skip = judge(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if skip.is_cuda and self.config.optim != "adamw_torch":
             self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # torch's own name for it
@@ -257,6 +259,7 @@ class Fsdp2(Engine):
         fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
         self.model = model
         self.optimizer = build_optimizer(model, self.config)
+        self.trainable = list(self.parameters().values())
 
     def is_wrapped_as(self, kind: str) -> bool:
         return kind == "fsdp2" and all(isinstance(p, DTensor) for p in self.bare_model.parameters())

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ..config import PretrainConfig, UserError
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steepest slope at 0, lands in about [0.7, 1.2]
+BATCH_ELEMENTS = 2**22  # matrices orthogonalised at once: more are no faster, and their temporaries take memory
 
 
 def orthogonalise(matrices_BMN: Tensor, num_steps: int = 5) -> Tensor:
@@ -57,7 +58,9 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:  # wide and tall matrices of one size share a batch, the tall ones transposed
                     shapes.setdefault((min(p.shape), max(p.shape)), []).append(p)
-            for same in shapes.values():
+            size = [max(1, BATCH_ELEMENTS // math.prod(shape)) for shape in shapes]
+            batches = [ps[i : i + n] for ps, n in zip(shapes.values(), size, strict=True) for i in range(0, len(ps), n)]
+            for same in batches:
                 if self.found_inf is None:
                     self._step_batch(same, **{key: group[key] for key in ("lr", "momentum", "weight_decay")})
                     continue

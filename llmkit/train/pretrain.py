@@ -30,7 +30,7 @@ from ..data.sources import parse_sources
 from ..data.tokenizer import bos_id, fingerprint
 from ..evaluate.ngram import NgramModel
 from ..evaluate.perplexity import ShardScore, token_losses
-from ..hardware import cpu_seconds, detect, peak_memory_bytes
+from ..hardware import cpu_seconds, detect, peak_memory_bytes, use_threads
 from ..report.console import shard_table
 from ..report.plots import plot_losses
 from ..run import Result, Run, check_output_dir, command_name, quiet_libraries, run_status, stop_signals
@@ -113,6 +113,8 @@ def main(config: PretrainConfig) -> Result:
             _check_unfinished(folder, checkpoint.step, max_steps)
         model = load_weights(model, checkpoint)
     check_disk(folder, model)
+    model_flops = flops_per_token(model, config.max_length)
+    device = use_threads(device, model_flops * config.max_length * config.per_device_train_batch_size)
     facts = {
         "hardware": str(device),
         "engine": kind,
@@ -130,7 +132,6 @@ def main(config: PretrainConfig) -> Result:
     run = Run.start(folder, "pretrain", config, facts, accelerator.is_main_process, resume_step)
     if accelerator.is_main_process:
         clear_the_way(folder, checkpoint)
-    model_flops = flops_per_token(model, config.max_length)
     engine = start_engine(accelerator, kind, model, config, device.bf16)
     job = Job(
         config, device, engine, console, run, tokenizer, loader, shards, max_steps, model_flops, can_isolate, is_same,
