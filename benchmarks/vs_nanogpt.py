@@ -33,7 +33,9 @@ def score(model_dir: Path, text: str) -> float:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from llmkit import model as ours  # noqa: F401  registers llmkit
+    from llmkit.run import quiet_libraries
 
+    quiet_libraries()
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
     ids = AutoTokenizer.from_pretrained(model_dir)(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     assert len(ids) == len(text), "one id per character"

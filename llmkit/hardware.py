@@ -10,7 +10,6 @@ import platform
 import re
 import time
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from .config import UserError
@@ -64,7 +63,6 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-@lru_cache
 def measured_cpu_flops(size: int = 768) -> float:
     """float32 FLOP/s of a square matrix product, the best of a few: what this CPU can do at most right now."""
     import torch
@@ -95,7 +93,6 @@ def use_threads(device: Device, flops_per_pass: float) -> Device:
         return device
     count = max(1, min(torch.get_num_threads(), round(flops_per_pass / THREAD_FLOPS)))
     torch.set_num_threads(count)
-    measured_cpu_flops.cache_clear()
     return dataclasses.replace(device, num_threads=count, peak_flops=device.peak_flops and measured_cpu_flops())
 
 

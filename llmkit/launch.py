@@ -8,7 +8,6 @@ On CPUs `accelerate launch` starts a single process unless there is MPI, so ther
 """
 
 import os
-import selectors
 import subprocess
 import sys
 import tempfile
@@ -102,29 +101,26 @@ def say_error(line: str) -> None:
 def _watch(command: list[str], environment: dict[str, str], errors: Path) -> tuple[int, bool]:
     """Runs the launcher; its stderr passes through until a rank has said its error: what follows is torchrun's report.
 
-    Stdout is not touched, so progress arrives live. SIGTERM and SIGINT go on to the ranks, which save and end.
-    Returns the launcher's exit code, and whether such a signal came.
+    Stdout is not touched, so progress arrives live. A signal goes on to the ranks, once: they save and end. So the
+    launcher has a process group of its own, or Ctrl-C would reach it a second time.
+    Returns the launcher's exit code, and whether a signal came.
     """
     with (
-        stop_signals(is_launched=True) as asked,
-        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace") as process,
+        subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0
+        ) as process,
+        stop_signals(tell=process.terminate) as asked,
     ):
         assert process.stderr, "asked for a pipe"
-        is_told = False
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stderr, selectors.EVENT_READ)
-            while True:
-                if asked() and not is_told:
-                    is_told = True
-                    process.terminate()
-                if not selector.select(timeout=0.2):
-                    continue
-                line = process.stderr.readline()
-                if not line:
-                    return process.wait(), asked()
+        try:
+            for line in process.stderr:
                 is_rank = line.startswith("[rank")  # a crash there, by torch's own hook; the rest is torchrun's report
                 if is_rank or not (asked() or errors.stat().st_size):
                     print(line, end="", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:  # the second Ctrl-C
+            process.kill()
+            raise
+        return process.wait(), asked()
 
 
 def relaunch(config: PretrainConfig, verb: str, argv: list[str]) -> int:
@@ -137,7 +133,11 @@ def relaunch(config: PretrainConfig, verb: str, argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="llmkit-") as folder:
         errors = Path(folder) / "error"
         errors.touch()
-        ours = {"LLMKIT_LAUNCHED": "1", ERROR_FILE: str(errors), "LOGLEVEL": "ERROR"}  # torchrun's, about its signals
+        ours = {
+            "LLMKIT_LAUNCHED": "1",
+            ERROR_FILE: str(errors),
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120",
+        }  # saving takes time
         if settings.get("use_cpu"):
             ours |= engine_environment(settings)
         code, is_asked = _watch(

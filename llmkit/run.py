@@ -211,22 +211,29 @@ def cut_log(path: Path, last_step: int) -> None:
 
 
 @contextlib.contextmanager
-def stop_signals(is_launched: bool) -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM and SIGINT only make the yielded function say True: the stage saves and ends.
+def stop_signals(is_rank: bool = False, tell: Callable[[], object] = lambda: None) -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM, SIGINT and SIGHUP only make the yielded function say True: the stage saves and ends.
 
-    A second SIGINT interrupts at once, except under a launcher, which passes the first one on to its ranks again.
+    `tell` is called at the first of them. A second SIGINT interrupts at once, except on a rank, where the launcher
+    decides. A SIGHUP that is ignored (nohup) stays so.
     """
     asked: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
-        if number == signal.SIGINT and asked and not is_launched:
+        if number == signal.SIGINT and asked and not is_rank:
             raise KeyboardInterrupt
         asked.append(number)
+        if len(asked) == 1:
+            tell()
 
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield lambda: False
         return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in known}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, handle)
     try:
         yield lambda: bool(asked)
     finally:

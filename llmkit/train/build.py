@@ -403,11 +403,20 @@ def identity(
     return same
 
 
-def check_disk(folder: Path, model: PreTrainedModel) -> None:
+def check_disk(folder: Path, model: PreTrainedModel, config: PretrainConfig, max_steps: int) -> None:
+    """Raises UserError when there is no room for model/ and the checkpoints that are kept, and one more on the way.
+
+    Counted are weights and one number of optimiser state per weight: less than AdamW takes.
+    """
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    needed, free = sum(p.numel() * p.element_size() for p in model.parameters()), shutil.disk_usage(existing).free
+    num_saves = math.ceil(max_steps / config.save_steps) if config.save_steps else 0
+    if config.save_total_limit:
+        num_saves = min(num_saves, config.save_total_limit + 1)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    needed, free = weights + num_saves * (weights + trained), shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
-            f"output_dir={str(folder)!r}: {free / 1e6:.0f} MB free, the model alone takes {needed / 1e6:.0f} MB; "
-            "make room or choose another output_dir"
+            f"output_dir={str(folder)!r}: {free / 1e6:.0f} MB free, model and {num_saves} checkpoints take "
+            f"{needed / 1e6:.0f} MB or more; make room, choose another output_dir or lower save_total_limit"
         )

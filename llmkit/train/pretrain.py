@@ -112,7 +112,7 @@ def main(config: PretrainConfig) -> Result:
         if goes_on:
             _check_unfinished(folder, checkpoint.step, max_steps)
         model = load_weights(model, checkpoint)
-    check_disk(folder, model)
+    check_disk(folder, model, config, max_steps)
     model_flops = flops_per_token(model, config.max_length)
     device = use_threads(device, model_flops * config.max_length * config.per_device_train_batch_size)
     facts = {
@@ -240,7 +240,7 @@ def fit(job: Job, checkpoint: Checkpoint | None = None) -> Result:
         with paused():
             evaluate(job, 0, monitor, tracker)
     engine.model.train()
-    with stop_signals(engine.world_size > 1) as asked, progress_bar(job) as bar:
+    with stop_signals(is_rank=engine.world_size > 1) as asked, progress_bar(job) as bar:
         task = bar.add_task("train", total=job.max_steps, completed=at.step, note="")
         for step, batch, num_tokens in _batches(job, at.step):
             factor = lr_factor(step, config, job.max_steps)
@@ -305,8 +305,8 @@ def fit(job: Job, checkpoint: Checkpoint | None = None) -> Result:
                     path = _save(job, progress(), monitor)
             if stops and not is_last_step:
                 return _stop(job, path, progress(), monitor)
-    at = progress()
-    save_run_model(engine, job.tokenizer, run.folder)
+        at = progress()
+        save_run_model(engine, job.tokenizer, run.folder)  # a signal now is too late: the run is done
     scores = evaluate(job, job.max_steps, monitor, tracker)
     if tracker:
         tracker.finish()
