@@ -7,7 +7,7 @@ import torch
 
 from llmkit import hardware
 from llmkit.config import UserError
-from llmkit.hardware import Device, cpu_seconds, detect, measured_cpu_flops, peak_bf16, peak_memory_bytes
+from llmkit.hardware import Device, cpu_seconds, detect, measured_cpu_flops, peak_bf16, peak_memory_bytes, use_threads
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +104,19 @@ def test_meters_read_plausible_values():
     assert ballast.nbytes < peak_memory_bytes(torch.device("cpu")) < 2**40
     assert 0 < cpu_seconds() <= sum(os.times()[:4])
     assert 1e8 < measured_cpu_flops(64) < 1e15
+
+
+@pytest.mark.parametrize("flops, expected", [(0.4e9, 1), (3.7e9, 2), (100e9, 8)])
+def test_a_small_batch_gets_few_threads(flops, expected, monkeypatch):
+    """Eight cores. On two busy ones, threads that wait for each other made a tiny model 20 times as slow."""
+    chosen = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    device = Device("cpu", "x", False, 8, 1e9)
+    assert use_threads(device, flops).num_threads == expected and chosen == [expected]
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert (
+        use_threads(device, flops) is device and use_threads(Device("cuda", "x", True, 8, 1e9), flops).num_threads == 8
+    )
+    assert chosen == [expected]
