@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -227,18 +228,18 @@ def measure_bits(bench: Bench, snapshot: Path, rng: random.Random) -> None:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, num_bytes: int) -> Iterator[Callable[[int], None] | None]:
-    """A tmpfs of that size, and what makes it larger; None where mounting is not permitted."""
+    """A tmpfs of that size, and what gives it another; None where mounting is not permitted."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         yield None
         return
 
-    def enlarge(num_bytes: int) -> None:
+    def resize(num_bytes: int) -> None:
         subprocess.run(["mount", "-o", f"remount,size={num_bytes}", str(folder)], check=True)
 
     try:
-        yield enlarge
+        yield resize
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -247,13 +248,24 @@ def measure_full_disk(bench: Bench) -> None:
     one = newest(bench.folder / "alone")
     assert one, "the run alone has saved"
     num_bytes = sum(path.stat().st_size for path in one.rglob("*") if path.is_file())
-    with small_disk(bench.folder / "disk", int(2.6 * num_bytes)) as enlarge:
-        if enlarge is None:
+    room = 2 * num_bytes * bench.max_steps // SAVE_STEPS  # for every checkpoint: less is refused before training
+    with small_disk(bench.folder / "disk", room) as resize:
+        if resize is None:
             print("skipped  a full disk: mounting a small tmpfs is not permitted here (needs root)")
             return
         run = bench.folder / "disk" / "run"
         keep_all = ("--resume_from_checkpoint", "true", "--save_total_limit", "null")
+
+        def fill_up() -> None:
+            while not newest(run):
+                time.sleep(0.01)
+            usage = shutil.disk_usage(bench.folder / "disk")
+            resize(usage.used + int(1.6 * num_bytes))  # one more checkpoint, and most of another
+
+        filler = threading.Thread(target=fill_up, daemon=True)
+        filler.start()
         code, _, err = bench.run(run, *keep_all)
+        filler.join(timeout=5)
         lines = err.strip().splitlines()
         is_said = len(lines) == 1 and "the disk is full" in lines[0]
         bench.expect(code == 2 and is_said, f"a full disk: exit code {code}, {len(lines)} line: {err.strip()}")
@@ -261,7 +273,7 @@ def measure_full_disk(bench: Bench) -> None:
         names = ", ".join(path.name for path in good)
         is_whole = bool(good) and all(damage(path) is None for path in good)
         bench.expect(is_whole, f"what is left there is whole: {names}")
-        enlarge(2 * num_bytes * bench.max_steps // SAVE_STEPS)
+        resize(room)
         code, out, err = bench.run(run, *keep_all)
         is_resumed = code == 0 and bool(good) and f"{good[-1].name}, step" in out
         bench.expect(is_resumed, f"with room made, it resumes from {names[-13:]}: exit code {code} {err.strip()}")

@@ -80,7 +80,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     runs: dict[str, list[dict[str, Any]]] = {"nanoGPT": [], **{recipe: [] for recipe in TARGETS}}
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=120)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         nanogpt.prepare(args.data, folder / "nanogpt")
