@@ -127,7 +127,7 @@ class PretrainConfig:
     eval_on_start: bool = option(False, "evaluate before the first step too")
     per_device_eval_batch_size: int = option(32, "rows per forward pass of an evaluation")
     ngram_order: int | None = option(None, "also score a count model with this many tokens of context on every shard")
-    save_steps: int | None = option(None, "steps between checkpoints; null: at the end only")
+    save_steps: int | None = option(None, "steps between checkpoints; null: none, model/ at the end")
     save_total_limit: int | None = option(None, "checkpoints kept; the oldest goes first")
     resume_from_checkpoint: bool | str | None = option(
         None, "true: go on from the newest good checkpoint of output_dir, or from its start; or a checkpoint's folder"

@@ -8,6 +8,7 @@ On CPUs `accelerate launch` starts a single process unless there is MPI, so ther
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,11 +16,33 @@ from pathlib import Path
 from typing import Any
 
 from .config import PretrainConfig, UserError, read_recipe
-from .run import run_status, stop_signals
+from .run import LOST, run_status, stop_signals
 
 CONFIGS = Path(__file__).resolve().parent.parent / "accelerate_configs"
 LAUNCHED = ("LLMKIT_LAUNCHED", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")  # ours, torchrun's, accelerate launch's
 ERROR_FILE = "LLMKIT_ERROR_FILE"  # names the file where a rank writes its one line, for the process that launched it
+
+
+# sections of an accelerate YAML -> the keys that something comes of, or that say what is done anyway
+USED: dict[str, tuple[str, ...]] = {
+    "deepspeed_config": (
+        "deepspeed_multinode_launcher",
+        "zero_stage",
+        "offload_optimizer_device",
+        "offload_param_device",
+        "zero3_init_flag",
+        "zero3_save_16bit_model",
+    ),
+    "fsdp_config": (
+        "fsdp_version",
+        "fsdp_auto_wrap_policy",
+        "fsdp_reshard_after_forward",
+        "fsdp_state_dict_type",
+        "fsdp_cpu_ram_efficient_loading",
+        "fsdp_offload_params",
+        "fsdp_activation_checkpointing",
+    ),
+}
 
 
 def is_main() -> bool:
@@ -48,6 +71,22 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def _check_settings(name: str, settings: dict[str, Any]) -> None:
+    """Raises UserError for settings of the YAML that would be ignored: the recipe decides them."""
+    for section, used in USED.items():
+        for key in settings.get(section) or {}:
+            if key not in used:
+                raise UserError(
+                    f"accelerate_config={name}: {section}.{key} has no effect, the recipe's keys decide; remove it "
+                    f"(allowed: {', '.join(used)})"
+                )
+    for kind, section in (("DEEPSPEED", "deepspeed_config"), ("FSDP", "fsdp_config")):
+        if settings.get("distributed_type") == kind and not settings.get(section):
+            raise UserError(f"accelerate_config={name}: distributed_type {kind} without {section}; e.g. zero2, fsdp2")
+    if settings.get("mixed_precision") not in (None, "no", "bf16"):
+        raise UserError(f"accelerate_config={name}: mixed_precision={settings['mixed_precision']}; allowed: no, bf16")
+
+
 def read_config(config: PretrainConfig) -> tuple[Path, dict[str, Any], int]:
     """The YAML, what it says, and how many processes to start. Raises UserError for what cannot run here."""
     name = config.accelerate_config or ("multi_gpu" if not config.use_cpu and _has_gpu() else "cpu")
@@ -55,6 +94,7 @@ def read_config(config: PretrainConfig) -> tuple[Path, dict[str, Any], int]:
     settings = read_recipe(path)
     if config.use_cpu and not settings.get("use_cpu"):  # a GPU engine, tried out on CPU processes
         settings = settings | {"use_cpu": True, "num_processes": min(2, settings.get("num_processes", 1))}
+    _check_settings(name, settings)
     count = settings.get("num_processes", 1) if config.num_processes is None else config.num_processes
     if not isinstance(count, int) or count < 1:
         raise UserError(f"num_processes={count}; allowed: 1 or more")
@@ -94,7 +134,7 @@ def say_error(line: str) -> None:
     if path:
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
-    elif os.environ.get("LOCAL_RANK", "0") == "0":
+    elif os.environ.get("LOCAL_RANK", "0") == "0" or LOST in line:
         print(line, file=sys.stderr)
 
 
@@ -102,14 +142,15 @@ def _watch(command: list[str], environment: dict[str, str], errors: Path) -> tup
     """Runs the launcher; its stderr passes through until a rank has said its error: what follows is torchrun's report.
 
     Stdout is not touched, so progress arrives live. A signal goes on to the ranks, once: they save and end. So the
-    launcher has a process group of its own, or Ctrl-C would reach it a second time.
+    launcher has a process group of its own, or Ctrl-C would reach it a second time; it is told as a group, since
+    accelerate's launcher of a single process passes nothing on, and torchrun's ranks have groups of their own.
     Returns the launcher's exit code, and whether a signal came.
     """
     with (
         subprocess.Popen(
             command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0
         ) as process,
-        stop_signals(tell=process.terminate) as asked,
+        stop_signals(tell=lambda: os.killpg(process.pid, signal.SIGTERM)) as asked,
     ):
         assert process.stderr, "asked for a pipe"
         try:
@@ -126,7 +167,7 @@ def _watch(command: list[str], environment: dict[str, str], errors: Path) -> tup
 def relaunch(config: PretrainConfig, verb: str, argv: list[str]) -> int:
     """Runs the verb in several processes; returns 2 when a rank found the user's mistake, else the launcher's code.
 
-    0 when a signal ended it and the ranks have saved.
+    0 when a signal ended it and the ranks have saved, 1 when a rank was killed.
     """
     path, settings, count = read_config(config)
     threads = max(1, (os.cpu_count() or 1) // count)
@@ -146,9 +187,10 @@ def relaunch(config: PretrainConfig, verb: str, argv: list[str]) -> int:
         said = errors.read_text(encoding="utf-8").splitlines()
     if code and is_asked and run_status(Path(config.output_dir)) == "stopped":  # the ranks have saved
         return 0
-    if code and said:
-        print(said[0], file=sys.stderr)  # every rank says the same
-        return 2
+    if code and said:  # ranks that found a mistake all say the same; those that lost another do not know why
+        causes = [line for line in said if LOST not in line]
+        print((causes or said)[0], file=sys.stderr)
+        return 2 if causes else 1
     if code and is_asked:
         print("llmkit: interrupted", file=sys.stderr)
         return 130

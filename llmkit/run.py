@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -31,9 +32,11 @@ from typing import IO, Any
 from . import __version__, config
 
 PACKAGES = ["torch", "transformers", "accelerate", "datasets", "tokenizers", "trl", "peft", "safetensors", "numpy"]
+LOST = "another process ended or was killed"  # in the line of a rank that cannot go on without the others
 LOCK = ".lock"  # in the run folder while a run writes there
 HOLDS_A_RUN = ("model", "adapter", "checkpoints", "result.json")
 LOGS = ("metrics.jsonl", "alerts.jsonl")
+PARTIAL = re.compile(r"\.(step-\d{8}|model|adapter)\.(old|gone|\w{8})")  # what `written_beside` names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,9 +187,18 @@ def run_status(folder: Path) -> str | None:
         return None
 
 
+def finished_steps(folder: Path) -> int | None:
+    """Steps of a run that came to its end; None for any other."""
+    if run_status(folder) != "ok":
+        return None
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))["metrics"].get("steps")
+
+
 def remove_partials(folder: Path) -> None:
     """What a process left that was killed inside `written_beside`: hidden folders that nobody finishes any more."""
     for path in folder.glob(".*.*"):
+        if not PARTIAL.fullmatch(path.name):
+            continue
         whole = path.with_name(path.stem[1:])
         if path.suffix == ".old" and not whole.exists():  # killed between the two renames
             os.rename(path, whole)
@@ -203,7 +215,7 @@ def cut_log(path: Path, last_step: int) -> None:
         try:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line)
-        except ValueError:
+        except (ValueError, TypeError, KeyError):
             continue
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
@@ -250,10 +262,13 @@ def check_output_dir(folder: Path) -> None:
     held = [name for name in HOLDS_A_RUN if (folder / name).exists()]
     if "checkpoints" in held and not any((folder / "checkpoints").glob("[!.]*")):
         held.remove("checkpoints")  # killed inside its first save
+    if held == ["result.json"] and run_status(folder) == "failed":
+        held = []
     if held:
+        how = "go on with it by --resume_from_checkpoint true, " if "checkpoints" in held else ""
         raise config.UserError(
             f"output_dir={str(folder)!r}: holds another run ({', '.join(held)}); "
-            "go on with it by --resume_from_checkpoint true, choose another --output_dir, or move or remove that folder"
+            f"{how}choose another --output_dir, or move or remove that folder"
         )
     if any(path.name != LOCK for path in folder.iterdir()) and not _is_run_folder(folder):
         raise config.UserError(
@@ -332,6 +347,7 @@ class Run:
                     past = {"resumed_at_step": resume_step, "earlier": _earlier_starts(folder)}
                     for name in LOGS:
                         cut_log(folder / name, resume_step)
+                (folder / "result.json").unlink(missing_ok=True)  # of a run that goes on, or had failed
                 (folder / "recipe.yaml").write_text(config.dump(settings), encoding="utf-8")
                 manifest = {
                     "stage": stage,

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,50 @@ def test_a_broken_accelerate_config_is_one_line(text, tmp_path, capsys):
     assert cli.main(["pretrain", "--output_dir", "x", "--accelerate_config", str(path)]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"llmkit: {path}: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        (
+            {"deepspeed_config": {"zero_stage": 2, "gradient_clipping": 1.0}},
+            "deepspeed_config.gradient_clipping has no",
+        ),
+        ({"distributed_type": "DEEPSPEED"}, "distributed_type DEEPSPEED without deepspeed_config"),
+        ({"mixed_precision": "fp16"}, "mixed_precision=fp16; allowed: no, bf16"),
+    ],
+)
+def test_settings_of_the_yaml_that_would_be_ignored_are_refused(keys, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        launch.read_config(settings(accelerate_config=config_file(tmp_path, use_cpu=True, **keys)))
+
+
+@pytest.mark.parametrize("path", sorted(launch.CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_read(path, monkeypatch):
+    monkeypatch.setattr(launch, "_has_gpu", lambda: True)
+    assert launch.read_config(settings(accelerate_config=path.stem))[0] == path
+
+
+def test_a_signal_reaches_a_child_whose_launcher_passes_nothing_on(tmp_path):
+    """As accelerate's launcher of one process: the training went on, with nobody to stop it."""
+    child = (
+        "import signal, sys, time, pathlib\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(5))\n"
+        f"pathlib.Path({str(tmp_path / 'up')!r}).touch()\ntime.sleep(30)"
+    )
+    launcher = f"import subprocess, sys\nsys.exit(subprocess.run([sys.executable, '-c', {child!r}]).returncode)"
+    errors = tmp_path / "error"
+    errors.touch()
+    watched = (
+        f"import os, sys\nfrom pathlib import Path\nfrom llmkit import launch\n"
+        f"print(launch._watch([sys.executable, '-c', {launcher!r}], dict(os.environ), Path({str(errors)!r})))"
+    )
+    command = [sys.executable, "-c", watched]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    while not (tmp_path / "up").exists():
+        time.sleep(0.02)
+    process.terminate()
+    out, _ = process.communicate(timeout=20)
+    assert out.strip().endswith("True)")
 
 
 def test_an_unknown_accelerate_config_lists_the_shipped_ones(tmp_path, monkeypatch):

@@ -4,8 +4,7 @@ Owns the measurement, the same for every stage.   score = score_rows(model, rows
 
 Nats per token count every text token and the EOS that ends each document; bits per byte leave EOS out, since it
 stands for no byte of the raw text. Under bos_bestfit every document is scored on its own, after a BOS. Under contiguous
-packing
-the windows do not overlap, and the first token of the shard is not predicted.
+packing the windows do not overlap, and the first token of the shard is not predicted.
 """
 
 import itertools

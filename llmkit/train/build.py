@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -378,6 +379,12 @@ def flops_per_token(model: PreTrainedModel, context: int) -> float:
 VOLATILE = ("transformers_version", "_name_or_path", "dtype", "use_cache", "_attn_implementation", "architectures")
 
 
+def _sample_hash(tokens: np.ndarray, num_blocks: int = 64, size: int = 4096) -> str:
+    """Of blocks spread over the whole store: what changed it almost surely touched one, and 20 GB are not read."""
+    starts = np.linspace(0, max(0, len(tokens) - size), num_blocks).astype(int)
+    return hashlib.sha256(b"".join(tokens[start : start + size].tobytes() for start in starts)).hexdigest()
+
+
 def identity(
     config: PretrainConfig,
     model: PreTrainedModel,
@@ -385,11 +392,12 @@ def identity(
     loader: Loader,
     fractions: list[float] | None,
 ) -> dict[str, Any]:
-    """What must be the same when a run goes on, by names whose first word says whose it is."""
+    """What must be the same when a run goes on, by names whose first word says whose it is; causes before effects."""
     names = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    same: dict[str, Any] = {"tokenizer": fingerprint(tokenizer), "rows_per_step": loader.rows_per_step}
-    for i, rows in enumerate(loader.sources):
-        same[f"dataset.{i}"] = rows.store.fingerprint
+    stores = [rows.store for rows in loader.sources]
+    same: dict[str, Any] = {f"dataset.{i}": store.fingerprint for i, store in enumerate(stores)}
+    same |= {"tokenizer": fingerprint(tokenizer), "rows_per_step": loader.rows_per_step}
+    same |= {f"dataset.{i}.tokens": [s.num_tokens, _sample_hash(s.tokens)] for i, s in enumerate(stores)}
     same |= {"dataset.fractions": fractions, "dataset.seed": loader.seed, "dataset.max_length": config.max_length}
     same |= {"dataset.packing_strategy": config.packing_strategy, "optimizer.optim": config.optim}
     same |= {f"model.{k}": v for k, v in sorted(model.config.to_dict().items()) if k not in VOLATILE}
@@ -399,19 +407,20 @@ def identity(
         for p in model.parameters():
             if not p.requires_grad:
                 frozen.update(p.detach().numpy().tobytes())
-        same["model.frozen"] = frozen.hexdigest()
+        same |= {"model.frozen": frozen.hexdigest(), "model.lora_alpha": config.lora_alpha}
     return same
 
 
-def check_disk(folder: Path, model: PreTrainedModel, config: PretrainConfig, max_steps: int) -> None:
+def check_disk(folder: Path, model: PreTrainedModel, config: PretrainConfig, steps_left: int) -> None:
     """Raises UserError when there is no room for model/ and the checkpoints that are kept, and one more on the way.
 
     Counted are weights and one number of optimiser state per weight: less than AdamW takes.
     """
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    num_saves = math.ceil(max_steps / config.save_steps) if config.save_steps else 0
-    if config.save_total_limit:
-        num_saves = min(num_saves, config.save_total_limit + 1)
+    num_saves = math.ceil(steps_left / config.save_steps) if config.save_steps else 0
+    if config.save_total_limit and num_saves:
+        num_kept = len(list((folder / "checkpoints").glob("step-*")))
+        num_saves = max(1, min(num_saves, config.save_total_limit + 1 - num_kept))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     needed, free = weights + num_saves * (weights + trained), shutil.disk_usage(existing).free

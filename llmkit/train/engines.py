@@ -103,8 +103,17 @@ def start_accelerator(kind: str, device: Device, config: PretrainConfig) -> Acce
         "steps_per_print": 2**31,
     }
     if device.bf16:  # an autocast from outside would be switched off inside DeepSpeed's forward
-        plugin.deepspeed_config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision="no")
+        plugin.deepspeed_config["torch_autocast"] = {
+            "enabled": True,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],  # or gradients would be summed in bfloat16
+        }
+    accelerator = Accelerator(
+        deepspeed_plugin=plugin,
+        mixed_precision="no",
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        kwargs_handlers=[patient],
+    )
     unset_hf_deepspeed_config()  # or transformers would build the model in slices under ZeRO-3
     return accelerator
 
@@ -118,7 +127,9 @@ class Engine:
         self.accelerator, self.bare_model, self.config, self.bf16 = accelerator, model, config, bf16
         self.world_size, self.rank = accelerator.num_processes, accelerator.process_index
         is_gpu = accelerator.device.type == "cuda"
-        self.hosts = dist.new_group(backend="gloo") if is_gpu and self.world_size > 1 else None  # talk without the GPU
+        self.hosts = (
+            dist.new_group(backend="gloo", timeout=PATIENCE) if is_gpu and self.world_size > 1 else None
+        )  # talk without the GPU
         self.plain_class = type(model)  # fully_shard puts another in its place
         self._num_parameters = [sum(p.numel() for p in ps) for ps in (model.parameters(), self.parameters().values())]
         self._wrap()
@@ -291,7 +302,8 @@ class Zero(Engine):
         """DeepSpeed has reduced and clipped, and calls the optimiser once per group: judge at the first of them."""
         if self.judge is not None:
             norm = torch.as_tensor(self.model.optimizer._global_grad_norm, device=self.accelerator.device)
-            self.optimizer.found_inf = self.judge(norm.float()).float()  # type: ignore[attr-defined]
+            where = self.optimizer.param_groups[0]["params"][0].device  # the CPU where the state is offloaded
+            self.optimizer.found_inf = self.judge(norm.float()).float().to(where)  # type: ignore[attr-defined]
             self.judge = None
 
     def step(self, judge: Callable[[Tensor], Tensor]) -> None:

@@ -157,14 +157,16 @@ class Monitor:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What resuming needs for the same verdicts; call `drain` first."""
-        counts = torch.tensor([self.num_seen, self.num_skipped, self.num_alerts, self.epoch])
+        """What resuming needs for the same verdicts; call `drain` first. The look at gradients is not resumed."""
+        said = int("lr" in self.said) + 2 * int("batch" in self.said)
+        counts = torch.tensor([self.num_seen, self.num_skipped, self.num_alerts, self.epoch, said])
         batches = torch.tensor(sorted(self.batches), dtype=torch.int64)
         return {"window": self.window.cpu(), "counts": counts, "batches": batches}
 
     def restore(self, state: dict[str, Tensor], step: int) -> None:
         self.window = state["window"].to(self.window.device)
-        self.num_seen, self.num_skipped, self.num_alerts, self.epoch = state["counts"].tolist()
+        self.num_seen, self.num_skipped, self.num_alerts, self.epoch, said = state["counts"].tolist()
+        self.said = {kind for bit, kind in enumerate(("lr", "batch")) if said >> bit & 1}
         self.batches, self.first_pending = set(state["batches"].tolist()), step + 1
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import set_seed
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -33,7 +32,7 @@ from ..evaluate.perplexity import ShardScore, token_losses
 from ..hardware import cpu_seconds, detect, peak_memory_bytes, use_threads
 from ..report.console import shard_table
 from ..report.plots import plot_losses
-from ..run import Result, Run, check_output_dir, command_name, quiet_libraries, run_status, stop_signals
+from ..run import LOST, Result, Run, check_output_dir, command_name, finished_steps, quiet_libraries, stop_signals
 from .build import (
     Job,
     check_attention,
@@ -60,6 +59,9 @@ from .engines import check_engine, engine_kind, start_accelerator, start_engine
 from .monitor import Monitor, NotFinite, first_not_finite
 from .optim import lr_factor, planned_rates, set_learning_rate
 from .watch import evaluate, progress_bar, say_progress, start_tracker, track
+
+# in the errors of gloo and NCCL when a process at the other end is gone
+LOST_CONTACT = ("closed by peer", "reset by peer", "connection refused", "remote process exited")
 
 
 def main(config: PretrainConfig) -> Result:
@@ -109,10 +111,10 @@ def main(config: PretrainConfig) -> Result:
     changed: list[str] = []
     if checkpoint:
         changed = check_same(checkpoint, is_same, dataclasses.asdict(config))
-        if goes_on:
-            _check_unfinished(folder, checkpoint.step, max_steps)
+        _check_unfinished(folder if goes_on else None, checkpoint.step, max_steps)
         model = load_weights(model, checkpoint)
-    check_disk(folder, model, config, max_steps)
+    if not goes_on:
+        check_disk(folder, model, config, max_steps)
     model_flops = flops_per_token(model, config.max_length)
     device = use_threads(device, model_flops * config.max_length * config.per_device_train_batch_size)
     facts = {
@@ -129,38 +131,40 @@ def main(config: PretrainConfig) -> Result:
     }
     accelerator.wait_for_everyone()  # every rank has read the checkpoint before rank 0 tidies up around it
     resume_step = checkpoint.step if checkpoint and goes_on else None
-    run = Run.start(folder, "pretrain", config, facts, accelerator.is_main_process, resume_step)
-    if accelerator.is_main_process:
-        clear_the_way(folder, checkpoint)
-    engine = start_engine(accelerator, kind, model, config, device.bf16)
-    job = Job(
-        config, device, engine, console, run, tokenizer, loader, shards, max_steps, model_flops, can_isolate, is_same,
-        started,
-    )  # fmt: skip
-    _announce(job, train_rows, kind)
-    if config.resume_from_checkpoint:
-        _say_resume(console, checkpoint, changed)
     try:
+        run = Run.start(folder, "pretrain", config, facts, accelerator.is_main_process, resume_step)
+        if accelerator.is_main_process:
+            clear_the_way(folder, checkpoint)
+            if checkpoint and goes_on:
+                check_disk(folder, model, config, max_steps - checkpoint.step)
+        engine = start_engine(accelerator, kind, model, config, device.bf16)
+        job = Job(
+            config, device, engine, console, run, tokenizer, loader, shards, max_steps, model_flops, can_isolate,
+            is_same, started,
+        )  # fmt: skip
+        _announce(job, train_rows, kind)
+        if config.resume_from_checkpoint:
+            _say_resume(console, checkpoint, changed)
+        set_seed(config.seed + accelerator.process_index)  # every rank drops out other activations
         result = fit(job, checkpoint)
         accelerator.wait_for_everyone()
         accelerator.end_training()  # leaves the process group, or gloo's threads may abort a rank as it exits
         return result
     except RuntimeError as error:
-        is_lost = isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL"))
-        if accelerator.num_processes == 1 or not is_lost:
+        text = " ".join(str(error).split())
+        if accelerator.num_processes == 1 or not any(word in text.lower() for word in LOST_CONTACT):
             raise
         raise UserError(
-            f"rank {accelerator.process_index} of {accelerator.num_processes} stops: another process ended or was "
-            f"killed; go on with --resume_from_checkpoint true ({' '.join(str(error).split())[:80]})"
+            f"rank {accelerator.process_index} of {accelerator.num_processes} stops: {LOST}; "
+            f"go on with --resume_from_checkpoint true ({text[:80]})"
         ) from None
 
 
-def _check_unfinished(folder: Path, step: int, max_steps: int) -> None:
-    """Raises UserError for a run that is done: there is nothing to go on with."""
-    if step >= max_steps and run_status(folder) == "ok":
-        raise UserError(
-            f"output_dir={str(folder)!r}: finished, {step} of {max_steps} steps; raise max_steps to train on"
-        )
+def _check_unfinished(folder: Path | None, step: int, max_steps: int) -> None:
+    """Raises UserError where nothing is left to do. `folder` of the run that goes on; None when one branches off."""
+    done = finished_steps(folder) if folder else step
+    if (done or 0) >= max_steps or step > max_steps:
+        raise UserError(f"max_steps={max_steps}: step {max(done or 0, step)} is reached already; raise max_steps")
 
 
 def _say_resume(console: Console, checkpoint: Checkpoint | None, changed: list[str]) -> None:
@@ -206,8 +210,13 @@ class Progress:
 
     step: int = 0  # steps done
     tokens: int = 0
-    train_wall_s: float = 0.0  # of earlier starts, like the next: evaluating and saving not counted
+    wall_s: float = 0.0  # all times add up over the starts of a run; CPU seconds are those of rank 0
+    cpu_s: float = 0.0
+    train_wall_s: float = 0.0  # evaluating and saving not counted
     train_cpu_s: float = 0.0
+    window: list[list[float]] = dataclasses.field(
+        default_factory=list
+    )  # (loss, grad norm, skipped, bad) not yet logged
 
 
 def fit(job: Job, checkpoint: Checkpoint | None = None) -> Result:
@@ -218,8 +227,7 @@ def fit(job: Job, checkpoint: Checkpoint | None = None) -> Result:
     tracker = start_tracker(config) if engine.rank == 0 else None
     started, cpu_started = time.perf_counter(), cpu_seconds()
     paused_s = paused_cpu_s = 0.0  # evaluating and saving
-    window: list[list[float]] = []  # (loss, grad norm, skipped, bad) of the steps since the last line
-    window_started, window_tokens = 0.0, 0  # seconds of training, without the pauses
+    window_started, window_steps, window_tokens = 0.0, 0, 0  # seconds of training, without the pauses
 
     @contextlib.contextmanager
     def paused() -> Iterator[None]:
@@ -233,8 +241,13 @@ def fit(job: Job, checkpoint: Checkpoint | None = None) -> Result:
         return time.perf_counter() - started - paused_s
 
     def progress() -> Progress:
-        train_cpu_s = cpu_seconds() - cpu_started - paused_cpu_s
-        return Progress(at.step, at.tokens, at.train_wall_s + train_seconds(), at.train_cpu_s + train_cpu_s)
+        return dataclasses.replace(
+            at,
+            wall_s=at.wall_s + time.perf_counter() - job.started,
+            cpu_s=at.cpu_s + cpu_seconds(),
+            train_wall_s=at.train_wall_s + train_seconds(),
+            train_cpu_s=at.train_cpu_s + cpu_seconds() - cpu_started - paused_cpu_s,
+        )
 
     if config.eval_on_start and at.step == 0:
         with paused():
@@ -258,9 +271,11 @@ def fit(job: Job, checkpoint: Checkpoint | None = None) -> Result:
             engine.step(lambda grad_norm, loss=loss: monitor.judge(loss, grad_norm))  # type: ignore[misc]
 
             at.tokens += num_tokens
+            window_steps += 1
             window_tokens += num_tokens
             if engine.rank == 0:
-                monitor.see_batch(done, step * job.loader.rows_per_step // job.loader.num_rows, batch["input_ids"])
+                if job.loader.pattern is None:  # the sources of a mixture have epochs of their own
+                    monitor.see_batch(done, step * job.loader.rows_per_step // job.loader.num_rows, batch["input_ids"])
                 rates = [group["lr"] for group in engine.optimizer.param_groups]
                 monitor.see_learning_rates(done, rates, planned_rates(engine.optimizer, config, factor))
             is_last_step, is_log = done == job.max_steps, done % config.logging_steps == 0
@@ -268,26 +283,26 @@ def fit(job: Job, checkpoint: Checkpoint | None = None) -> Result:
             stops = engine.any(asked())
             if device.type == "cpu" or is_log or is_last_step or saves or stops:
                 try:
-                    window += monitor.drain()  # the only wait for the device
+                    at.window += monitor.drain()  # the only wait for the device
                 except NotFinite as error:
-                    raise _explain(job, error) from None
+                    raise _explain(job, error, progress(), monitor) from None
             if is_log or is_last_step:
                 seconds = train_seconds() - window_started
                 rate = window_tokens / seconds
-                places = len(window) * job.loader.rows_per_step * config.max_length / seconds
+                places = window_steps * job.loader.rows_per_step * config.max_length / seconds
                 peak = job.device.peak_flops
                 row = {
                     "step": done,
                     "epoch": round(done * job.loader.rows_per_step / job.loader.num_rows, 4),
-                    "loss": sum(row[0] for row in window) / len(window),
+                    "loss": sum(row[0] for row in at.window) / len(at.window),
                     "learning_rate": config.learning_rate * factor,
-                    "grad_norm": window[-1][1],
+                    "grad_norm": at.window[-1][1],
                     "num_skipped_steps": monitor.num_skipped,
                     "num_input_tokens_seen": at.tokens,
                     "tokens_per_second": round(rate, 1),
                     "mfu": round(places * job.flops_per_token / peak / engine.world_size, 4) if peak else None,
                     "peak_memory_bytes": peak_memory_bytes(device),
-                    "wall_s": round(time.perf_counter() - started, 2),
+                    "wall_s": round(progress().wall_s, 2),
                     "train_cpu_s": round(progress().train_cpu_s, 3),
                 }
                 run.log(row)
@@ -296,7 +311,7 @@ def fit(job: Job, checkpoint: Checkpoint | None = None) -> Result:
                 note = f"loss {row['loss']:.4f}  {rate:,.0f} tok/s{mfu}"
                 bar.update(task, completed=done, note=note)
                 say_progress(job, bar, done, note)
-                window, window_started, window_tokens = [], train_seconds(), 0
+                at.window, window_started, window_steps, window_tokens = [], train_seconds(), 0, 0
             if config.eval_steps and done % config.eval_steps == 0 and not is_last_step:
                 with paused():
                     evaluate(job, done, monitor, tracker)
@@ -305,8 +320,8 @@ def fit(job: Job, checkpoint: Checkpoint | None = None) -> Result:
                     path = _save(job, progress(), monitor)
             if stops and not is_last_step:
                 return _stop(job, path, progress(), monitor)
-        at = progress()
         save_run_model(engine, job.tokenizer, run.folder)  # a signal now is too late: the run is done
+    at = progress()
     scores = evaluate(job, job.max_steps, monitor, tracker)
     if tracker:
         tracker.finish()
@@ -375,7 +390,7 @@ def _save(job: Job, at: Progress, monitor: Monitor) -> Path:
     return save_checkpoint(job.engine, job.tokenizer, job.run.folder, state, tensors, job.config.save_total_limit)
 
 
-def _explain(job: Job, error: NotFinite) -> UserError:
+def _explain(job: Job, error: NotFinite, at: Progress, monitor: Monitor) -> UserError:
     """Runs the bad batch again with hooks, keeps it, and says which module and tensor went bad first."""
     engine, size = job.engine, job.config.per_device_train_batch_size
     engine.optimizer.zero_grad()
@@ -396,6 +411,7 @@ def _explain(job: Job, error: NotFinite) -> UserError:
         save_file({key: value[i * size : (i + 1) * size].contiguous() for key, value in rows.items()}, path)
     alert = {"kind": "not-finite", "message": f"{error}; first bad: {where}", "first": where, "batch": path.name}
     job.run.append("alerts.jsonl", {"step": error.step, **alert})
+    job.run.finish(_result(job, "failed", {}, at, monitor))
     return UserError(
         f"{error}: the run stops before the update; first bad: {where}; its batch is in {path}; if it is no bug of the "
         "model, lower learning_rate or raise warmup_steps"
@@ -415,8 +431,8 @@ def _result(job: Job, status: str, shards: dict[str, Any], at: Progress, monitor
         status=status,
         model_dir=str(job.run.model_dir),
         parent=job.config.model_name_or_path,
-        wall_s=round(time.perf_counter() - job.started, 2),
-        cpu_s=round(cpu_seconds(), 2),
+        wall_s=round(at.wall_s, 2),
+        cpu_s=round(at.cpu_s, 2),
         tokens=at.tokens,
         shards=shards,
         metrics={

@@ -118,7 +118,8 @@ def start_tracker(config: PretrainConfig) -> Any:
         return None
     import trackio  # check_config has looked for it
 
-    return trackio.init(project=config.project, name=config.run_name or Path(config.output_dir).name)
+    name = config.run_name or Path(config.output_dir).name
+    return trackio.init(project=config.project, name=name, resume="allow" if config.resume_from_checkpoint else "never")
 
 
 def track(tracker: Any, row: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from test_pretrain import RECIPE, ROOT, metrics, run
 
 from llmkit import cli
-from llmkit.config import UserError
+from llmkit.config import PretrainConfig, UserError
 from llmkit.train import build, checkpoint
 from llmkit.train.checkpoint import damage, find_checkpoint
 
@@ -145,19 +145,20 @@ def test_every_flipped_bit_is_noticed(tmp_path):
             path.write_bytes(bad)
             assert damage(folder), f"bit {bit} of {path.name}"
         path.write_bytes(good)
-    (folder / "extra").touch()
-    assert damage(folder) == "extra was not written by llmkit"
+    (folder / ".DS_Store").touch()
+    assert damage(folder) is None  # what others put beside the files is no damage
 
 
 @pytest.mark.parametrize(
     "keys, said",
     [
-        ({"datasets": [{"path": "builtin/toyworld", "split": "train[:301]"}]}, "the "),
+        ({"datasets": [{"path": "builtin/toyworld", "split": "train[:301]"}]}, "the dataset differs"),
         ({"max_length": 128}, "the dataset differs from that of step-00000004: dataset.max_length was 256, is 128"),
         ({"seed": 1}, "the dataset differs from that of step-00000004: dataset.seed was 0, is 1"),
         ({"vocab_size": 500}, "the tokenizer differs"),
         ({"config_overrides": RECIPE["config_overrides"] | {"rms_norm_eps": 1e-5}}, "model.rms_norm_eps was 1e-06"),
         ({"config_overrides": RECIPE["config_overrides"] | {"hidden_size": 64}}, "the model differs"),
+        ({"datasets": 2 * RECIPE["datasets"]}, "the dataset differs from that of step-00000004: dataset.1 was null"),
         ({"optim": "muon"}, "the optimizer differs"),
         ({"per_device_train_batch_size": 8}, "the batch differs from that of step-00000004: rows_per_step was 4, is 8"),
     ],
@@ -179,9 +180,65 @@ def test_changed_settings_are_listed(tmp_path, capsys):
 
 def test_a_finished_run_is_not_run_again_but_can_be_prolonged(tmp_path, capsys):
     run(tmp_path, save_steps=2)
-    assert "finished, 6 of 6 steps; raise max_steps to train on" in refused(tmp_path, capsys)
+    assert "max_steps=6: step 6 is reached already; raise max_steps" in refused(tmp_path, capsys)
     assert run(tmp_path, save_steps=2, resume_from_checkpoint=True, max_steps=8)["metrics"]["steps"] == 8
     assert [row[0] for row in losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_data_set_that_is_no_longer_there_is_refused(tmp_path):
+    before = {"identity": {"dataset.0": "a", "dataset.1": "b", "model.new": 1}, "recipe": {}, "step": 1}
+    found = checkpoint.Checkpoint(tmp_path / "step-00000001", before, {})
+    with pytest.raises(UserError, match=r"the dataset differs .* dataset.1 was \"b\", is null"):
+        checkpoint.check_same(found, {"dataset.0": "a"}, {})
+    found.state["identity"].pop("dataset.1")
+    assert checkpoint.check_same(found, {"dataset.0": "a", "model.other": 2}, {}) == []  # of another transformers
+
+
+def test_a_store_whose_tokens_were_edited_is_refused(tmp_path, capsys):
+    """Its manifest still names the same text."""
+    interrupted(tmp_path)
+    path = next(path for path in (tmp_path / "data").glob("*/tokens.ds") if path.stat().st_size > 20_000)
+    tokens = bytearray(path.read_bytes())
+    tokens[1000:1002] = tokens[1002:1004] if tokens[1000:1002] != tokens[1002:1004] else b"\x05\x00"
+    path.write_bytes(tokens)
+    assert "the dataset differs from that of step-00000004: dataset.0.tokens" in refused(tmp_path, capsys)
+
+
+def test_lines_of_the_log_average_over_a_restart(tmp_path):
+    """logging_steps 6 with a kill after step 4: the line of step 6 holds all six losses, as if nothing had been."""
+    whole = tmp_path / "whole"
+    run(tmp_path, output_dir=str(whole), logging_steps=6)
+    folder = interrupted(tmp_path, logging_steps=6)
+    run(tmp_path, save_steps=2, resume_from_checkpoint=True, logging_steps=6)
+    assert losses(whole) == losses(folder) and len(losses(folder)) == 1
+
+
+def test_there_is_nothing_to_go_on_with_beyond_max_steps(tmp_path, capsys):
+    interrupted(tmp_path)
+    assert "max_steps=3: step 4 is reached already" in refused(tmp_path, capsys, max_steps=3)
+    run(tmp_path, save_steps=4, resume_from_checkpoint=True)  # ends at 6 with its newest checkpoint there
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000006")
+    assert "max_steps=6: step 6 is reached already" in refused(tmp_path, capsys)
+
+
+def test_a_finished_run_without_checkpoints_is_not_told_to_resume(tmp_path, capsys):
+    run(tmp_path)
+    error = refused(tmp_path, capsys, save_steps=None)
+    assert "holds another run (model, result.json); choose another --output_dir" in error
+
+
+def test_a_resume_needs_room_for_what_is_left_only(tmp_path, monkeypatch):
+    """Ten checkpoints of the whole run were asked for although nine were there."""
+    model = torch.nn.Linear(100, 1000, bias=False)  # 400 kB
+    (tmp_path / "checkpoints/step-00000009").mkdir(parents=True)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_300_000))
+    keys = PretrainConfig(save_steps=1, save_total_limit=2)
+    build.check_disk(tmp_path, model, keys, steps_left=1)
+    build.check_disk(tmp_path / "new", model, PretrainConfig(save_steps=1), steps_left=1)
+    for more in (PretrainConfig(save_steps=1), PretrainConfig(save_steps=1, save_total_limit=3)):
+        with pytest.raises(UserError, match="lower save_total_limit"):
+            build.check_disk(tmp_path, model, more, steps_left=3)
 
 
 def test_a_run_in_the_way_says_how_to_go_on(tmp_path, capsys):
@@ -209,7 +266,7 @@ def test_when_all_are_damaged_the_run_is_not_started_over(tmp_path):
 def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path):
     """`.old` without its successor was killed between two renames: it is the only copy."""
     parent = tmp_path / "checkpoints"
-    for name in (".step-00000006.abc", ".step-00000002.old", ".step-00000004.old", "step-00000004"):
+    for name in (".step-00000006.abcd1234", ".step-00000002.old", ".step-00000004.old", "step-00000004"):
         (parent / name).mkdir(parents=True)
     checkpoint.clear_the_way(tmp_path, None)
     assert sorted(path.name for path in parent.iterdir()) == ["step-00000002", "step-00000004"]

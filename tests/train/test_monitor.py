@@ -182,6 +182,15 @@ def test_a_gradient_that_goes_bad_on_the_way_back_is_named():
 # ---- in a run
 
 
+def test_a_failed_run_without_checkpoints_may_be_started_anew(tmp_path, monkeypatch):
+    plant(monkeypatch, 2, lambda losses: losses * float("nan"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE | {"output_dir": str(tmp_path / "run")}))
+    assert cli.main(["pretrain", str(path)]) == 2
+    monkeypatch.undo()
+    assert run(tmp_path)["status"] == "ok" and not (tmp_path / "run/alerts.jsonl").exists()
+
+
 def plant(monkeypatch, step: int, damage) -> None:
     """Lets `damage(losses)` change the per-token losses of one step of the loop."""
     calls = [0]
@@ -243,6 +252,9 @@ def test_a_nan_in_layer_3s_mlp_is_named_before_the_update_and_its_batch_is_kept(
     batch = load_file(folder / alert["batch"])
     assert batch["input_ids"].shape == (4, 256) and set(batch) == {"input_ids", "shift_labels", "position_ids"}
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000002"] and not (folder / "model").exists()
+    assert json.loads((folder / "result.json").read_text())["status"] == "failed"
+    monkeypatch.undo()
+    assert run(tmp_path, **keys, resume_from_checkpoint=True)["status"] == "ok"
 
 
 @pytest.mark.parametrize("optim", ["muon", "adamw_torch_fused"])
