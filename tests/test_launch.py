@@ -1,5 +1,6 @@
 """Several processes: what is launched, what is refused before, and that ranks say a mistake once."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import yaml
 
 from llmkit import cli, launch
 from llmkit.config import PretrainConfig, UserError
+from llmkit.run import LOST
 
 ROOT = Path(__file__).parent.parent
 RECIPE = {
@@ -212,3 +214,46 @@ def test_a_mistake_in_two_processes_is_one_line_and_exit_2(tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=120)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert done.stderr.startswith("llmkit: vocab_size=5") and "# llmkit pretrain" in done.stdout
+
+
+def test_a_crash_on_a_rank_is_shown_even_after_an_error(tmp_path, capsys):
+    errors = tmp_path / "error"
+    errors.write_text("x")
+    script = "import sys; print('[rank1]: Traceback', file=sys.stderr); print('report', file=sys.stderr)"
+    launch._watch([sys.executable, "-c", script], dict(os.environ), errors)
+    assert capsys.readouterr().err == "[rank1]: Traceback\n"
+
+
+@pytest.mark.parametrize(
+    "status, is_asked, code", [("stopped", True, 0), ("stopped", False, 1), (None, True, 130), ("ok", True, 130)]
+)
+def test_exit_code_and_environment_of_a_relaunch(status, is_asked, code, tmp_path, monkeypatch):
+    if status:
+        (tmp_path / "result.json").write_text(json.dumps({"status": status}))
+    seen = {}
+
+    def watch(command, environment, errors):
+        seen.update(environment)
+        return 1, is_asked
+
+    monkeypatch.setattr(launch, "_has_gpu", lambda: False)
+    monkeypatch.setattr(launch, "_watch", watch)
+    config = PretrainConfig(output_dir=str(tmp_path), accelerate_config="zero2", use_cpu=True)
+    assert launch.relaunch(config, "pretrain", []) == code
+    assert seen["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2" and int(seen["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) >= 60
+
+
+@pytest.mark.parametrize(
+    "lines, code, said", [(["llmkit: rank 0 " + LOST, "llmkit: a mistake"], 2, "llmkit: a mistake"), ([LOST], 1, LOST)]
+)
+def test_of_the_ranks_lines_the_cause_is_said(lines, code, said, tmp_path, monkeypatch, capsys):
+    """A rank that lost the others does not know why; it may be the first to say so."""
+
+    def watch(command, environment, errors):
+        errors.write_text("\n".join(lines))
+        return 1, False
+
+    monkeypatch.setattr(launch, "_watch", watch)
+    monkeypatch.setattr(launch, "_has_gpu", lambda: False)
+    assert launch.relaunch(PretrainConfig(output_dir=str(tmp_path), num_processes=2), "pretrain", []) == code
+    assert capsys.readouterr().err == said + "\n"

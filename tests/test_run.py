@@ -15,7 +15,7 @@ import pytest
 from llmkit import __version__
 from llmkit.config import PretrainConfig, UserError, load
 from llmkit.report.plots import plot_losses, read_metrics
-from llmkit.run import Result, Run, check_output_dir, resolve_model_dir, write_json, written_beside
+from llmkit.run import Result, Run, check_output_dir, remove_partials, resolve_model_dir, write_json, written_beside
 
 RESULT = Result("pretrain", "ok", "x/model", None, 1.5, 2.5, 7, {"a": {"loss": 1.0, "entropy": None}}, {"steps": 2})
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -307,3 +307,21 @@ def test_others_can_read_what_a_run_saves(tmp_path):
     with written_beside(tmp_path / "model") as partial:
         (partial / "a").touch(mode=0o600)
     assert (tmp_path / "model/a").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_kill_between_the_two_renames_keeps_the_old_one(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/a").write_text("old")
+    real = os.rename
+
+    def rename(a, b):
+        if Path(b).name == "model":
+            raise KeyboardInterrupt
+        real(a, b)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(KeyboardInterrupt), written_beside(tmp_path / "model", replace=True) as partial:
+        (partial / "a").write_text("new")
+    monkeypatch.undo()
+    remove_partials(tmp_path)
+    assert (tmp_path / "model/a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["model"]

@@ -129,25 +129,6 @@ def test_scoring_leaves_the_model_as_it_was_and_without_dropout(make_rows, train
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_processes_share_the_batches_and_their_sums_agree(model, make_rows):
-    class Part:
-        num_processes = 3
-
-        def __init__(self, rank, sums):
-            self.process_index, self.sums = rank, sums
-
-        def reduce(self, x):
-            self.sums.append(x)
-            return x
-
-    rows, parts = make_rows("bos_bestfit", [-1.0] * len(TEXTS)), []
-    for rank in range(3):
-        parts.append([])
-        score_rows(model, rows, 1, EOS, Part(rank, parts[-1]))
-    (nats, _, count), whole = sum(sums[0] for sums in parts).tolist(), score_rows(model, rows, 1, EOS)
-    assert (nats / count, count) == (pytest.approx(whole.loss, abs=1e-12), whole.num_tokens)
-
-
 @pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True}, {"final_logit_softcapping": 5.0}], ids=str)
 def test_a_head_cut_into_chunks_gives_the_same_losses_and_gradients(options, monkeypatch):
     """20 positions in chunks of 7; some labels are ignored."""
@@ -170,3 +151,66 @@ def test_only_large_vocabularies_are_cut():
     cpu = torch.device("cpu")
     assert perplexity.chunk_tokens(65, 12 * 64, cpu) is None and perplexity.chunk_tokens(32768, 4096, cpu) is None
     assert perplexity.chunk_tokens(32768, 4097, cpu) == 512 and perplexity.chunk_tokens(2**25, 4097, cpu) == 1
+
+
+def test_the_head_really_sees_chunks_and_no_logits_are_kept(monkeypatch):
+    ids, seen = random_ids(2, 11), []
+    monkeypatch.setattr(perplexity, "chunk_tokens", lambda *_: 7)
+    model = tiny_model().train()
+    model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
+    losses = token_losses(model, {"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:]}, isolate=False)
+    assert seen == [7, 7, 6]
+    losses.sum().backward()
+    assert sorted(seen[3:]) == [6, 7, 7]  # once more in backward
+
+
+def test_a_cut_head_keeps_documents_apart(monkeypatch):
+    ids, results = random_ids(2, 13), []
+    positions = torch.arange(12).remainder(6).expand(2, 12).contiguous()
+    batch = {"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:], "position_ids": positions}
+    for size in (None, 5):
+        monkeypatch.setattr(perplexity, "chunk_tokens", lambda *_, size=size: size)
+        results.append([token_losses(tiny_model(), batch, isolate=isolate) for isolate in (True, False)])
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
+    assert not torch.allclose(results[1][0], results[1][1], atol=1e-3)
+
+
+def test_a_wrapped_model_is_cut_too(monkeypatch):
+    """DDP hides config behind .module."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, **inputs):
+            return self.module(**inputs)
+
+    ids, model = random_ids(2, 11), tiny_model()
+    batch = {"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:]}
+    monkeypatch.setattr(perplexity, "chunk_tokens", lambda *_: 7)
+    assert torch.equal(token_losses(Wrapper(model), batch, False), token_losses(model, batch, False))
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 4, 5])
+def test_every_rank_takes_every_turn_and_counts_its_own_share_only(num_processes, model, make_rows):
+    """Sharded weights: a rank without a batch left must take part, or the others wait for ever."""
+
+    class Part:
+        def __init__(self, rank, sums):
+            self.num_processes, self.process_index, self.sums = num_processes, rank, sums
+
+        def reduce(self, x):
+            self.sums.append(x)
+            return x
+
+    rows, parts, turns, calls = make_rows("bos_bestfit", [-1.0] * len(TEXTS)), [], [], []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    for rank in range(num_processes):
+        parts.append([])
+        calls.clear()
+        score_rows(model, rows, 1, EOS, Part(rank, parts[-1]))
+        turns.append(len(calls))
+    (nats, _, count), whole = sum(sums[0] for sums in parts).tolist(), score_rows(model, rows, 1, EOS)
+    assert (nats / count, count) == (pytest.approx(whole.loss, abs=1e-12), whole.num_tokens)
+    assert len(set(turns)) == 1

@@ -46,3 +46,19 @@ def test_mask_is_left_out_when_nothing_but_the_causal_order_is_masked():
     assert masks[0] is None
     attends = [n for g in graphs for n in g.graph.nodes if "scaled_dot_product" in str(n.target)]
     assert len(attends) == 2 and all(n.kwargs["attn_mask"] is None and n.kwargs["is_causal"] for n in attends)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_take_the_formula_in_training_too(dtype):
+    norm, x = LlmkitRMSNorm(64, 1e-6).to(dtype), torch.randn(8, 64).to(dtype).requires_grad_()
+    trained, plain = norm.train()(x), norm.eval()(x)
+    assert torch.equal(trained, plain) and "Fused" not in trained.grad_fn.name()
+
+
+def test_a_compiler_sees_the_formula_of_the_norm():
+    model, graphs = tiny_model().train(), []
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    compiled(random_ids(2, 12), use_cache=False)
+    targets = " ".join(str(node.target) for graph in graphs for node in graph.graph.nodes)
+    assert "rsqrt" in targets and "autograd_function" not in targets and "rsqrt_" not in targets

@@ -24,6 +24,7 @@ from llmkit import cli
 from llmkit.config import PretrainConfig, UserError
 from llmkit.train import build, checkpoint
 from llmkit.train.checkpoint import damage, find_checkpoint
+from llmkit.train.monitor import Monitor
 
 STEP_4 = "checkpoints/step-00000004"
 
@@ -128,7 +129,7 @@ def test_the_newest_good_checkpoint_is_used_when_the_newest_is_damaged(tmp_path,
 
 
 def test_every_flipped_bit_is_noticed(tmp_path):
-    """One random bit in every file, 20 times, and every bit of the index."""
+    """One random bit in every file, 20 times."""
     folder = interrupted(tmp_path) / STEP_4
     assert damage(folder) is None
     generator = random.Random(0)
@@ -322,11 +323,140 @@ def test_a_signal_saves_and_ends_with_0(number, tmp_path):
     assert is_equal(whole, tmp_path / "run") and losses(whole) == losses(tmp_path / "run")
 
 
-def test_identity_names_each_part(tmp_path):
-    """Every first word is one that an error can say."""
+def test_identity_has_every_key(tmp_path):
+    state = json.loads((interrupted(tmp_path) / STEP_4 / "state.json").read_text())
+    keys = set(state["identity"])
+    assert {
+        "tokenizer", "rows_per_step", "dataset.0", "dataset.0.tokens", "dataset.fractions", "dataset.seed",
+        "dataset.max_length", "dataset.packing_strategy", "optimizer.optim", "model.trainable", "model.hidden_size",
+    } <= keys  # fmt: skip
+    assert {key.split(".")[0] for key in keys} == {"tokenizer", "rows_per_step", "dataset", "optimizer", "model"}
+    assert build.VOLATILE and not any(key.removeprefix("model.") in build.VOLATILE for key in keys)
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        ({"datasets": [{"path": "builtin/toyworld", "split": "train[300:600]"}]}, "dataset.0"),
+        ({"packing_strategy": "contiguous"}, "dataset.packing_strategy"),
+    ],
+)
+def test_another_data_set_with_the_same_tokenizer_is_refused(keys, said, tmp_path, capsys):
+    """Where the tokenizer is trained on the data, its fingerprint would differ, too."""
+    run(tmp_path, output_dir=str(tmp_path / "base"))
+    given = {"tokenizer_name": str(tmp_path / "base/model"), "vocab_size": 1024}
+    interrupted(tmp_path, **given)
+    assert said in refused(tmp_path, capsys, **keys, **given)
+
+
+def test_another_base_model_or_rank_is_refused_for_lora(tmp_path, capsys):
+    pytest.importorskip("peft")
+    run(tmp_path, output_dir=str(tmp_path / "base"))
+    keys = {"model_name_or_path": str(tmp_path / "base"), "config_overrides": {}, "vocab_size": 1024, "use_peft": True}
+    interrupted(tmp_path, **keys)
+    for change, said in (({"lora_r": 4}, "model.trainable"), ({"lora_alpha": 4}, "model.lora_alpha was 32, is 4")):
+        assert f"differs from that of step-00000004: {said}" in refused(tmp_path, capsys, **keys, **change)
+    run(tmp_path, output_dir=str(tmp_path / "other"), seed=1)
+    shutil.copy(tmp_path / "other/model/model.safetensors", tmp_path / "base/model/model.safetensors")
+    assert "differs from that of step-00000004: model.frozen" in refused(tmp_path, capsys, **keys)
+
+
+def test_a_resumed_run_has_the_monitor_it_had(tmp_path, monkeypatch):
+    keys, seen, before = {"max_steps": 70, "save_steps": 68}, [], Monitor.judge
+    run(tmp_path, **keys)
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000070")
+    (tmp_path / "run/result.json").unlink()
+    shutil.rmtree(tmp_path / "run/model")
+    state = load_file(tmp_path / "run/checkpoints/step-00000068/state.safetensors")
+
+    def judge(self, *args):
+        if not seen:
+            seen.append({k: v.clone() for k, v in self.state.items()} | {"first": self.first_pending})
+        return before(self, *args)
+
+    monkeypatch.setattr(Monitor, "judge", judge)
+    run(tmp_path, **keys, resume_from_checkpoint=True)
+    assert seen[0].pop("first") == 69 and all(torch.equal(v, state[f"monitor/{k}"]) for k, v in seen[0].items())
+    assert seen[0]["counts"][0] == 68
+
+
+def test_a_missing_file_is_noticed(tmp_path):
+    folder = interrupted(tmp_path) / STEP_4
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        good = path.read_bytes()
+        path.unlink()
+        assert path.name in (damage(folder) or "")
+        path.write_bytes(good)
+    assert damage(folder) is None
+
+
+def test_an_index_with_other_spacing_is_noticed(tmp_path):
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    (folder / "a").write_text("a")
+    text = checkpoint._as_text(checkpoint._files(folder))
+    (folder / "index.json").write_text(text)
+    assert damage(folder) is None
+    for bad in (text + " ", text[:-1], text.replace("\n", "")):
+        (folder / "index.json").write_text(bad)
+        assert damage(folder) == "index.json was changed"
+
+
+def test_a_named_checkpoint_that_is_damaged_is_refused(tmp_path, capsys):
+    folder = interrupted(tmp_path) / STEP_4
+    (folder / "state.safetensors").write_bytes((folder / "state.safetensors").read_bytes()[:-1])
+    keys = {"resume_from_checkpoint": str(folder), "output_dir": str(tmp_path / "branch")}
+    assert "state.safetensors was changed (SHA-256 differs)" in refused(tmp_path, capsys, **keys)
+
+
+def test_a_branch_is_a_run_of_its_own(tmp_path, capsys):
+    step_4 = interrupted(tmp_path) / STEP_4
+    keys = {"resume_from_checkpoint": str(step_4), "output_dir": str(tmp_path / "branch")}
+    run(tmp_path, **keys)
+    assert "resumed_at_step" not in json.loads((tmp_path / "branch/manifest.json").read_text())
+    assert "holds another run" in refused(tmp_path, capsys, **keys)
+
+
+def test_the_whole_folder_wins_over_the_old_one(tmp_path):
+    for name in (".step-00000004.old", "step-00000004"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "file").write_text(name)
+    checkpoint.clear_the_way(tmp_path, None)
+    found = [(path.name, (path / "file").read_text()) for path in (tmp_path / "checkpoints").iterdir()]
+    assert found == [("step-00000004", "step-00000004")]
+
+
+def test_alerts_are_cut_with_the_metrics_and_go_with_a_replaced_run(tmp_path):
     folder = interrupted(tmp_path)
-    state = json.loads((folder / STEP_4 / "state.json").read_text())
-    assert {key.split(".")[0] for key in state["identity"]} == {
-        "tokenizer", "rows_per_step", "dataset", "optimizer", "model",
-    }  # fmt: skip
-    assert build.VOLATILE and not any(key.removeprefix("model.") in build.VOLATILE for key in state["identity"])
+    (folder / "alerts.jsonl").write_text('{"step": 3}\n{"step": 5}\n')
+    run(tmp_path, save_steps=2, resume_from_checkpoint=True)
+    assert (folder / "alerts.jsonl").read_text() == '{"step": 3}\n'
+    for name in ("model", "checkpoints"):
+        shutil.rmtree(folder / name)
+    (folder / "result.json").unlink()
+    run(tmp_path)
+    assert not (folder / "alerts.jsonl").exists()
+
+
+def test_every_earlier_start_is_remembered_and_time_adds_up(tmp_path):
+    folder, before = tmp_path / "run", None
+    for steps in (2, 4, 6):
+        run(tmp_path, save_steps=2, max_steps=steps, resume_from_checkpoint=True)
+        state = json.loads((folder / f"checkpoints/step-{steps:08d}/state.json").read_text())
+        times = ("wall_s", "cpu_s", "train_wall_s", "train_cpu_s")
+        assert not before or all(state[key] > before[key] for key in times)
+        before = state
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert [e["resumed_at_step"] for e in manifest["earlier"]] == [None, 2] and manifest["resumed_at_step"] == 4
+
+
+def test_a_run_killed_after_its_last_checkpoint_is_finished_by_resuming(tmp_path):
+    folder = interrupted(tmp_path, last=6)
+    result = run(tmp_path, save_steps=2, resume_from_checkpoint=True)
+    assert result["status"] == "ok" and (folder / "model/model.safetensors").exists()
+    assert [row[0] for row in losses(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_last_step_is_saved_too_and_only_the_newest_are_kept(tmp_path):
+    run(tmp_path, max_steps=7, save_steps=2, save_total_limit=2)
+    assert {p.name for p in (tmp_path / "run/checkpoints").iterdir()} == {"step-00000006", "step-00000007"}

@@ -174,6 +174,10 @@ def test_the_engine_is_what_the_launcher_says(variables, kind, monkeypatch):
     [
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP version 1; allowed: fsdp_version: 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            "fsdp_activation_checkpointing",
+        ),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "zero_stage=0; allowed: 1, 2"),
     ],
 )
@@ -188,7 +192,9 @@ def test_engines_that_do_not_exist_here_are_refused(variables, said, monkeypatch
     "kind, keys, said",
     [
         ("zero1", {"optim": "muon"}, "use fsdp2 or ddp"),
+        ("zero2", {"optim": "muon"}, "use fsdp2 or ddp"),
         ("zero3", {"optim": "muon"}, "use fsdp2 or ddp"),
+        ("zero3", {"use_peft": True}, "use ddp"),
         ("zero2", {"optim": "adamw_torch"}, "use adamw_torch_fused"),
         ("fsdp2", {"use_peft": True}, "use ddp"),
         ("zero3", {"torch_compile": True}, "use zero2 or fsdp2"),

@@ -40,9 +40,9 @@ def quiet_steps(watch: Monitor, count: int) -> None:
         assert not judge(watch, 1.0 + 2 * (i % 2))
 
 
-@pytest.mark.parametrize("loss, is_spike", [(7.9, False), (8.2, True)])
+@pytest.mark.parametrize("loss, is_spike", [(8.01, False), (8.04, True)])
 def test_a_spike_is_six_standard_deviations_above_the_window(loss, is_spike, tmp_path):
-    """128 losses of mean 2 and deviation 1.0039: the limit is 8.02."""
+    """128 losses of mean 2 and deviation 1.0039: the limit is 8.0236."""
     watch = monitor(tmp_path)
     quiet_steps(watch, WINDOW)
     assert judge(watch, loss) == is_spike
@@ -76,7 +76,29 @@ def test_a_lasting_change_is_accepted_after_a_while(tmp_path):
 def test_one_huge_spike_does_not_hide_the_next(tmp_path):
     watch = monitor(tmp_path)
     quiet_steps(watch, WINDOW)
-    assert judge(watch, 1e9) and judge(watch, 1e9)
+    assert judge(watch, 1e9) and judge(watch, 100.0)
+
+
+def test_spikes_are_judged_from_the_64th_step_of_history(tmp_path):
+    watch = monitor(tmp_path)
+    quiet_steps(watch, LEAST_HISTORY)
+    assert judge(watch, 1000.0)
+
+
+def test_a_loss_that_hardly_moves_makes_no_spike(tmp_path):
+    """0.01 of the mean is the least deviation: 2.0 +- 0 has its limit at 2.12."""
+    watch = monitor(tmp_path)
+    for _ in range(WINDOW):
+        assert not judge(watch, 2.0)
+    assert not judge(watch, 2.1) and judge(watch, 2.3)
+
+
+@pytest.mark.parametrize("count", [WINDOW, WINDOW + 40])
+def test_the_window_holds_exactly_the_last_steps(count, tmp_path):
+    watch, values = monitor(tmp_path), torch.linspace(3.0, 2.0, count)
+    for value in values.tolist():
+        assert not judge(watch, value)
+    assert torch.equal(watch.window[0].sort().values, values[-WINDOW:].sort().values)
 
 
 @pytest.mark.parametrize("loss, norm", [(float("nan"), 1.0), (2.0, float("inf"))])
@@ -135,6 +157,18 @@ def test_a_restored_monitor_gives_the_same_verdicts(tmp_path):
     assert [(a["step"], a["kind"]) for a in alerts(tmp_path)] == [(101, "batch-repeated"), (103, "spike-skipped")]
 
 
+def test_restored_counts_go_on(tmp_path):
+    first, second = monitor(tmp_path), monitor(tmp_path)
+    quiet_steps(first, WINDOW)
+    judge(first, 50.0)
+    first.drain()
+    first.see_learning_rates(1, [1.0], [2.0])
+    second.restore(first.state, step=WINDOW + 1)
+    assert (second.num_skipped, second.num_alerts) == (first.num_skipped, first.num_alerts) == (1, 2)
+    second.see_learning_rates(2, [1.0], [2.0])
+    assert second.num_alerts == 2  # said already
+
+
 # ---- the first module that goes bad
 
 
@@ -177,6 +211,20 @@ def test_a_gradient_that_goes_bad_on_the_way_back_is_named():
     model.model.layers[3].mlp.register_forward_hook(lambda m, args, out: Bad.apply(out))
     found = culprit(model)
     assert found.startswith("model.layers.3.mlp.down_proj: the gradient at its output")
+
+
+def test_a_bad_input_is_named_when_no_module_made_it():
+    """A residual sum belongs to no module: the norm after it is the first to see it."""
+    model = tiny_model()
+    norm = model.model.layers[1].post_attention_layernorm
+    norm.register_forward_pre_hook(lambda m, args: (args[0] * float("nan"),), prepend=True)
+    assert culprit(model).startswith("model.layers.1.post_attention_layernorm: its input")
+
+
+def test_a_bad_gradient_of_a_weight_is_named_when_the_outputs_gradients_are_fine():
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj.weight.register_hook(lambda grad: grad * float("nan"))
+    assert culprit(model).startswith("model.layers.1.mlp.up_proj.weight: its gradient")
 
 
 # ---- in a run
@@ -276,3 +324,46 @@ def test_masked_updates_equal_updates_that_were_not_made(optim):
             optimizer.step()
         results.append([*model.parameters(), *(v for s in optimizer.state.values() for v in s.values())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_loop_shows_the_monitor_everything(tmp_path, monkeypatch):
+    seen: dict[str, list[int]] = {}
+    for name in ("see_batch", "see_gradients", "see_learning_rates", "see_scores"):
+        before = getattr(Monitor, name)
+
+        def note(self, step, *rest, name=name, before=before):
+            seen.setdefault(name, []).append(step)
+            return before(self, step, *rest)
+
+        monkeypatch.setattr(Monitor, name, note)
+    run(tmp_path, warmup_steps=2, eval_steps=3)
+    steps = [1, 2, 3, 4, 5, 6]
+    assert seen == {"see_batch": steps, "see_learning_rates": steps, "see_gradients": [3, 4, 5], "see_scores": [3, 6]}
+
+
+def test_the_batch_that_is_kept_is_the_one_that_went_bad(tmp_path, monkeypatch):
+    """Accumulation: the second micro-batch of step 3 is the bad one."""
+    ids, built = [], pretrain.get_model
+
+    def planted(config, tokenizer):
+        model = built(config, tokenizer)
+
+        def see(module, args, kwargs):
+            if module.training:
+                ids.append((args[0] if args else kwargs["input_ids"]).clone())
+
+        def spoil(module, args, out):
+            return out * float("nan") if module.training and len(ids) >= 6 and torch.equal(ids[-1], ids[5]) else out
+
+        model.model.register_forward_pre_hook(see, with_kwargs=True)
+        model.model.layers[0].mlp.register_forward_hook(spoil)
+        return model
+
+    monkeypatch.setattr(pretrain, "get_model", planted)
+    path = tmp_path / "recipe.yaml"
+    keys = {"output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    path.write_text(yaml.safe_dump(RECIPE | keys))
+    assert cli.main(["pretrain", str(path)]) == 2
+    alert = alerts(tmp_path / "run")[0]
+    assert alert["step"] == 3 and alert["first"].startswith("model.layers.0.mlp: its output")
+    assert torch.equal(load_file(tmp_path / "run" / alert["batch"])["input_ids"], ids[5])

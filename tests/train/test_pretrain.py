@@ -424,3 +424,15 @@ def test_shakespeare_recipe_beats_1_90_nats_per_character(tmp_path):
         == 0
     )
     assert json.loads((tmp_path / "run/result.json").read_text())["shards"]["validation"]["loss"] < 1.90
+
+
+@pytest.mark.medium
+@pytest.mark.real
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="tiny_shakespeare.txt is not at hand")
+def test_quick_shakespeare_recipe_is_as_good_as_nanogpts_cpu_command(tmp_path):
+    """Six seconds on one thread; its CPU time is measured in benchmarks/vs_nanogpt.py."""
+    recipe = str(ROOT / "recipes/shakespeare-char/pretrain_cpu_quick.yaml")
+    argv = ["pretrain", recipe, "--data_dir", str(SHAKESPEARE.parent), "--output_dir", str(tmp_path / "run")]
+    assert cli.main(argv) == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["shards"]["validation"]["loss"] < 1.8982 and result["metrics"]["num_alerts"] == 0
