@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -146,22 +147,26 @@ def _watch(command: list[str], environment: dict[str, str], errors: Path) -> tup
     accelerate's launcher of a single process passes nothing on, and torchrun's ranks have groups of their own.
     Returns the launcher's exit code, and whether a signal came.
     """
-    with (
-        subprocess.Popen(
-            command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0
-        ) as process,
-        stop_signals(tell=lambda: os.killpg(process.pid, signal.SIGTERM)) as asked,
-    ):
-        assert process.stderr, "asked for a pipe"
-        try:
-            for line in process.stderr:
+    process = subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0
+    )
+    with stop_signals(tell=lambda: os.killpg(process.pid, signal.SIGTERM)) as asked:
+
+        def pass_on() -> None:
+            for line in process.stderr or ():
                 is_rank = line.startswith("[rank")  # a crash there, by torch's own hook; the rest is torchrun's report
                 if is_rank or not (asked() or errors.stat().st_size):
                     print(line, end="", file=sys.stderr, flush=True)
+
+        reader = threading.Thread(target=pass_on, daemon=True)
+        reader.start()
+        try:
+            code = process.wait()
         except KeyboardInterrupt:  # the second Ctrl-C
             process.kill()
             raise
-        return process.wait(), asked()
+        reader.join(timeout=2)  # not for ever: torch's compile workers may hold the pipe open
+        return code, asked()
 
 
 def relaunch(config: PretrainConfig, verb: str, argv: list[str]) -> int:

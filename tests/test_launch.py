@@ -257,3 +257,13 @@ def test_of_the_ranks_lines_the_cause_is_said(lines, code, said, tmp_path, monke
     monkeypatch.setattr(launch, "_has_gpu", lambda: False)
     assert launch.relaunch(PretrainConfig(output_dir=str(tmp_path), num_processes=2), "pretrain", []) == code
     assert capsys.readouterr().err == said + "\n"
+
+
+def test_a_child_that_outlives_the_launcher_keeps_nobody_waiting(tmp_path):
+    """torch's compile workers held the pipe open, and a run that was done did not end."""
+    errors = tmp_path / "error"
+    errors.touch()
+    script = "import subprocess; subprocess.Popen(['sleep', '20'])"
+    started = time.perf_counter()
+    assert launch._watch([sys.executable, "-c", script], dict(os.environ), errors) == (0, False)
+    assert time.perf_counter() - started < 15

@@ -107,10 +107,10 @@ def main(config: PretrainConfig) -> Result:
     fractions: Any = [source.fraction for source in sources] if sources[0].fraction else None
     loader = Loader(train_rows, rows_per_step, data_seed, fractions)
     max_steps = config.max_steps or max(1, math.ceil(config.num_train_epochs * loader.num_rows / rows_per_step))
-    is_same = identity(config, model, tokenizer, loader, fractions)
+    must_match = identity(config, model, tokenizer, loader, fractions)
     changed: list[str] = []
     if checkpoint:
-        changed = check_same(checkpoint, is_same, dataclasses.asdict(config))
+        changed = check_same(checkpoint, must_match, dataclasses.asdict(config))
         _check_unfinished(folder if goes_on else None, checkpoint.step, max_steps)
         model = load_weights(model, checkpoint)
     if not goes_on:
@@ -140,7 +140,7 @@ def main(config: PretrainConfig) -> Result:
         engine = start_engine(accelerator, kind, model, config, device.bf16)
         job = Job(
             config, device, engine, console, run, tokenizer, loader, shards, max_steps, model_flops, can_isolate,
-            is_same, started,
+            must_match, started,
         )  # fmt: skip
         _announce(job, train_rows, kind)
         if config.resume_from_checkpoint:
