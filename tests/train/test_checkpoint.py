@@ -26,6 +26,7 @@ from llmkit.train import build, checkpoint
 from llmkit.train.checkpoint import damage, find_checkpoint
 from llmkit.train.monitor import Monitor
 
+pytestmark = pytest.mark.medium  # whole runs, a second each
 STEP_4 = "checkpoints/step-00000004"
 
 
@@ -297,7 +298,6 @@ def test_logs_are_cut_where_the_run_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.medium
 def test_a_signal_saves_and_ends_with_0(number, tmp_path):
     """A new process, since signals go to a process; the resumed run equals an uninterrupted one."""
     whole = tmp_path / "whole"

@@ -252,6 +252,7 @@ def plant(monkeypatch, step: int, damage) -> None:
     monkeypatch.setattr(pretrain, "token_losses", losses)
 
 
+@pytest.mark.medium
 def test_a_planted_spike_is_skipped_and_training_goes_on(tmp_path, monkeypatch):
     keys = {"max_steps": 80, "optim": "muon", "save_steps": 69, "logging_steps": 1}
     plant(monkeypatch, 70, lambda losses: losses * 50)
@@ -263,6 +264,7 @@ def test_a_planted_spike_is_skipped_and_training_goes_on(tmp_path, monkeypatch):
     assert rows[69]["num_skipped_steps"] == 0 and rows[70]["num_skipped_steps"] == 1
 
 
+@pytest.mark.medium
 def test_a_skipped_step_leaves_weights_and_optimizer_alone(tmp_path, monkeypatch):
     """The checkpoints on both sides of the spike hold the same tensors."""
     plant(monkeypatch, 70, lambda losses: losses * 50)
