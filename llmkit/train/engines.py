@@ -1,4 +1,4 @@
-"""Engines: one process, DDP, DeepSpeed ZeRO-1 to 3, FSDP2, behind five calls that the loop makes.
+"""Engines: one process, DDP, DeepSpeed ZeRO-1 to 3, FSDP2, behind the few calls that the loop makes.
 
 Owns how an engine wraps the model, reduces and clips gradients, makes or skips the update, and how whole weights and
 optimiser state come out of it and go back in. Every one gives the same losses, to rounding, and the same checkpoints.
