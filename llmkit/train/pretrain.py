@@ -148,6 +148,10 @@ def main(config: PretrainConfig) -> Result:
         set_seed(config.seed + accelerator.process_index)  # every rank drops out other activations
         result = fit(job, checkpoint)
         accelerator.wait_for_everyone()
+        if accelerator.num_processes > 1:
+            # gloo's thread needs the GIL to drop that barrier, and DDP's destructor joins the thread without giving it
+            # up: a rank once hung here. Asleep, the GIL is free.
+            time.sleep(0.5)
         accelerator.end_training()  # leaves the process group, or gloo's threads may abort a rank as it exits
         return result
     except RuntimeError as error:
