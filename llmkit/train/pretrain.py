@@ -218,9 +218,8 @@ class Progress:
     cpu_s: float = 0.0
     train_wall_s: float = 0.0  # evaluating and saving not counted
     train_cpu_s: float = 0.0
-    window: list[list[float]] = dataclasses.field(
-        default_factory=list
-    )  # (loss, grad norm, skipped, bad) not yet logged
+    # (loss, grad norm, skipped, bad) of the steps that are not logged yet
+    window: list[list[float]] = dataclasses.field(default_factory=list)
 
 
 def fit(job: Job, checkpoint: Checkpoint | None = None) -> Result:
@@ -324,7 +323,8 @@ def fit(job: Job, checkpoint: Checkpoint | None = None) -> Result:
                     path = _save(job, progress(), monitor)
             if stops and not is_last_step:
                 return _stop(job, path, progress(), monitor)
-        save_run_model(engine, job.tokenizer, run.folder)  # a signal now is too late: the run is done
+        with paused():  # a signal now is too late: the run is done
+            save_run_model(engine, job.tokenizer, run.folder)
     at = progress()
     scores = evaluate(job, job.max_steps, monitor, tracker)
     if tracker:
