@@ -166,6 +166,39 @@ class ExportConfig:
     output_dir: str = required("folder to write; must not exist")
 
 
+@dataclasses.dataclass(frozen=True)
+class CheckConfig:
+    """Find the silent bugs of a model, tokenizer, template, data set and trainer before the expensive run.
+
+    llmkit check --model_name_or_path DIR [--dataset rows.jsonl] [--chat]   a model folder or Hub id
+    llmkit check recipe.yaml [--key value ...]                              what a recipe would train
+    llmkit check [flags] -- python sft.py ...                               the trainer of your own command
+    """
+
+    model_name_or_path: str | None = option(None, "model folder, run folder or Hub id")
+    tokenizer_name: str | None = option(None, "tokenizer folder or Hub id; null: the model's own")
+    dataset: str | None = option(None, "training rows: .jsonl, .json, .txt, .parquet, .csv or a Hub id, TRL's columns")
+    eval_dataset: str | None = option(None, "held-out rows, the same")
+    peft_adapter: str | None = option(None, "PEFT adapter folder that belongs to the model")
+    reference: str | None = option(None, "folder it was made from: before a merge, export, resize or quantisation")
+    max_length: int | None = option(None, "tokens a row is cut to in training")
+    chat: bool = option(False, "the chat template is in use: check it, also without a data set")
+    trust_remote_code: bool = option(False, "run the code that comes with the model")
+    tier: int = option(2, "0 files only, 1 and rows, 2 and a shrunk model, 3 and every stored tensor")
+    only: str | None = option(None, "these checks or families only, comma-separated")
+    skip: str | None = option(None, "not these")
+    check_ignore: list = option([], "[{check: NAME, reason: TEXT}]: a fail of that check becomes a warning")
+    list: bool = option(False, "show every check and end")
+    explain: str | None = option(None, "a check's symptom, example, fix and sources, and end")
+    demo: str | None = option(
+        None, "plant that bug in a tiny model, offline, and show it being caught; `list` names them"
+    )
+    json: str | None = option(None, "write the results there")
+    html: str | None = option(None, "write a page for people there")
+    format: Literal["text", "github", "junit"] = option("text", "text; github: workflow annotations; junit: XML")
+    redact: bool = option(False, "token ids instead of text in every output")
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads 1e-3 as a number and refuses a key given twice."""
 

@@ -1,0 +1,343 @@
+"""A transformers Trainer (TRL's and the user's own subclasses included) behind the `Training` of `subject.py`.
+
+Owns making batches, losses, optimisers and short runs with the trainer's own methods, and undoing what that left.
+
+    training = HFTraining(trainer); training.backward(model, training.batches(1, 8))
+
+Uses the overridable methods (`get_batch_samples`, `training_step`, `create_optimizer`, `train`, `evaluate`) and never
+copies what they do: whatever a subclass changed is what runs.
+"""
+
+import collections
+import contextlib
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .subject import LabelledRow, NotApplicable, NotRun, Step, Trace, attributes_restored
+
+RAW_COLUMNS = ("messages", "prompt", "completion", "text", "chosen", "rejected", "conversations")
+LOOKED_AT = 256  # rows among which batches choose short or ragged ones
+ELEMENTS = 60_000_000  # logits of one batch of a probe at most: rows x tokens x ids
+
+
+def settings_of(args: Any) -> dict[str, Any]:
+    """TrainingArguments and its descendants as plain values."""
+    return {name: getattr(value, "value", value) for name, value in vars(args).items() if not name.startswith("_")}
+
+
+def clone(batch: Any) -> Any:
+    """Losses may pop keys of a batch or write into it."""
+    if not hasattr(batch, "items"):
+        return copy.deepcopy(batch)
+    return {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in batch.items()}
+
+
+class HFTraining:
+    """See `Training`. `raw_rows`: the data set as it was handed to the constructor, where that is known."""
+
+    def __init__(self, trainer: Any, raw_rows: list[dict[str, Any]] | None = None):
+        self.trainer, self.raw_rows = trainer, raw_rows
+        self.settings = settings_of(trainer.args)
+
+    # what it trains on
+
+    def _dataset(self, num_rows: int | None = None) -> Any:
+        dataset = self.trainer.train_dataset
+        if dataset is None:
+            raise NotApplicable("the trainer has no train_dataset")
+        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            raise NotRun("the train_dataset is a stream without length: its rows cannot be picked")
+        if len(dataset) == 0:
+            raise NotRun("the train_dataset holds no row")
+        if num_rows is None or num_rows >= len(dataset):
+            return dataset
+        return (
+            dataset.select(range(num_rows))
+            if hasattr(dataset, "select")
+            else torch.utils.data.Subset(dataset, range(num_rows))
+        )
+
+    def _collate(self, indices: list[int]) -> dict[str, Any]:
+        trainer, dataset = self.trainer, self._dataset()
+        collate = trainer.data_collator
+        try:
+            import datasets
+
+            is_table = isinstance(dataset, datasets.Dataset)
+        except ImportError:
+            is_table = False
+        if is_table:
+            dataset = trainer._remove_unused_columns(dataset, description="training")
+        else:
+            collate = trainer._get_collator_with_removed_columns(collate, description="training")
+        return collate([dataset[i] for i in indices])
+
+    def _loader_batches(self) -> Iterator[dict[str, Any]]:
+        yield from self.trainer.get_train_dataloader()
+
+    @property
+    def has_own_loader(self) -> bool:
+        """The user wrote `get_train_dataloader`, or the data set is a stream: rows come from the loader only."""
+        module = type(self.trainer).get_train_dataloader.__module__
+        dataset = self.trainer.train_dataset
+        is_indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        return not module.startswith(("transformers.", "trl.")) or not is_indexed
+
+    def labelled_rows(self, count: int) -> list[LabelledRow]:
+        if self.has_own_loader:
+            return self._rows_of_loader(count)
+        rows, dataset = [], self._dataset()
+        for index in range(min(count, len(dataset))):
+            batch, given = self._collate([index]), dataset[index]
+            raw = {k: given[k] for k in RAW_COLUMNS if k in given} if isinstance(given, dict) else {}
+            rows += [row for row in _unpadded(batch, [index], raw or None)]
+        return rows
+
+    def _rows_of_loader(self, count: int) -> list[LabelledRow]:
+        rows: list[LabelledRow] = []
+        for batch in self._loader_batches():
+            rows += _unpadded(batch, list(range(len(rows), len(rows) + len(batch["input_ids"]))), None)
+            if len(rows) >= count:
+                break
+        return rows[:count]
+
+    def _choose(self, count: int, ragged: bool) -> list[int]:
+        """Rows of few tokens; ragged: as different in length as possible among these."""
+        dataset = self._dataset()
+        lengths = []
+        for i in range(min(len(dataset), LOOKED_AT)):
+            batch = self._collate([i])
+            if "labels" not in batch or "input_ids" not in batch:
+                raise NotApplicable("the collator makes no input_ids and labels: not a language-modelling trainer")
+            trained = int((batch["labels"] != -100).sum())
+            lengths.append((batch["input_ids"].numel(), trained, i))
+        lengths.sort()
+        vocabulary = getattr(self.trainer.model.config.get_text_config(), "vocab_size", 50_000)
+        short = [(trained, i) for n, trained, i in lengths if trained and n * vocabulary * 8 <= ELEMENTS] or [
+            (trained, i) for n, trained, i in lengths[:count] if trained
+        ]
+        if not short:
+            raise NotRun(f"none of the first {len(lengths)} rows trains a token")
+        if ragged:
+            short.sort()
+            picks = [round(k * (len(short) - 1) / max(count - 1, 1)) for k in range(count)]
+        else:
+            picks = [k % len(short) for k in range(count)]
+        return [short[k][1] for k in picks]
+
+    def batches(self, num_batches: int, batch_size: int, ragged: bool = False) -> list[dict[str, Any]]:
+        indices = self._choose(num_batches * batch_size, ragged)
+        return [self._collate(indices[b : b + batch_size]) for b in range(0, len(indices), batch_size)]
+
+    # what it does with them
+
+    def backward(self, model: nn.Module, micro_batches: list[dict[str, Any]]) -> float:
+        trainer, total = self.trainer, 0.0
+        with self.unchanged():
+            trainer.args.gradient_accumulation_steps = len(micro_batches)
+            model.zero_grad(set_to_none=True)
+            device = next(model.parameters()).device
+            batches = [
+                {k: v.to(device) if isinstance(v, Tensor) else v for k, v in clone(b).items()} for b in micro_batches
+            ]
+            samples, num_items = trainer.get_batch_samples(iter(batches), len(batches), device)
+            trainer.current_gradient_accumulation_steps = len(samples)
+            for batch in samples:
+                total += float(trainer.training_step(model, batch, num_items))
+        return total
+
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        trainer = self.trainer
+        if trainer.optimizer is not None and model is trainer.model:
+            return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        with self.unchanged():
+            trainer.model, trainer.optimizer = model, None
+            trainer.create_optimizer()
+            return trainer.optimizer
+
+    def num_steps(self) -> int:
+        """Planned optimiser steps."""
+        args = self.trainer.args
+        if args.max_steps > 0:
+            return args.max_steps
+        batches = len(self.trainer.get_train_dataloader())
+        return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+
+    def learning_rates(self, model: nn.Module) -> list[float]:
+        trainer, total = self.trainer, self.num_steps()
+        optimizer = self.make_optimizer(model)
+        rates = []
+        with self.unchanged():
+            trainer.model, trainer.optimizer, trainer.lr_scheduler = model, optimizer, None
+            scheduler = trainer.create_scheduler(num_training_steps=total, optimizer=optimizer)
+            for _ in range(total):
+                rates.append(max(group["lr"] for group in optimizer.param_groups))
+                optimizer._opt_called = True  # nothing is stepped here, and the scheduler would warn
+                scheduler.step()
+        return rates
+
+    def run(
+        self,
+        model: nn.Module,
+        folder: Path,
+        num_steps: int,
+        stop_at: int | None = None,
+        resume_from: Path | None = None,
+        num_rows: int | None = None,
+    ) -> Trace:
+        from transformers import TrainerControl, TrainerState
+        from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+
+        self._need_one_process()
+        trainer, trace = self.trainer, Trace()
+        with self.unchanged():
+            args = trainer.args
+            for name, value in _shortened(num_steps, folder).items():
+                setattr(args, name, value)
+            trainer.model = trainer.model_wrapped = model
+            trainer.lr_scheduler = None
+            if trainer.optimizer is not None and not _owns(trainer.optimizer, model):
+                trainer.optimizer = None
+            trainer.train_dataset = self._dataset(num_rows)
+            trainer.eval_dataset = None
+            recorder = _recorder(trainer, trace, stop_at or num_steps)
+            flow = [DefaultFlowCallback(), recorder]
+            trainer.callback_handler = CallbackHandler(flow, model, trainer.processing_class, trainer.optimizer, None)
+            trainer.state, trainer.control = TrainerState(), TrainerControl()
+            step = trainer.training_step
+
+            def recorded(model: nn.Module, inputs: Any, *rest: Any, **kwargs: Any) -> Tensor:
+                recorder.ids += inputs["input_ids"].tolist()
+                loss = step(model, inputs, *rest, **kwargs)
+                recorder.loss += float(loss)
+                return loss
+
+            trainer.training_step = recorded
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+            trace.weights = {n: p.detach().cpu().clone() for n, p in model.named_parameters()}
+            trace.optimizer = copy.deepcopy(trainer.optimizer.state_dict())
+        trace.checkpoints = {int(p.name.split("-")[1]): p for p in folder.glob("checkpoint-*")}
+        return trace
+
+    def evaluate(self, model: nn.Module, batch_size: int, num_rows: int) -> dict[str, float]:
+        from transformers.trainer_callback import CallbackHandler
+
+        self._need_one_process()
+        trainer = self.trainer
+        with self.unchanged():
+            dataset = trainer.eval_dataset
+            if isinstance(dataset, dict):
+                dataset = next(iter(dataset.values()))
+            if dataset is None:
+                raise NotApplicable("the trainer has no eval_dataset")
+            if hasattr(dataset, "select"):
+                dataset = dataset.select(range(min(num_rows, len(dataset))))
+            elif hasattr(dataset, "__len__"):
+                dataset = torch.utils.data.Subset(dataset, range(min(num_rows, len(dataset))))
+            trainer.args.per_device_eval_batch_size = batch_size
+            trainer.args.report_to, trainer.args.disable_tqdm = [], True
+            trainer.model = trainer.model_wrapped = model
+            trainer.callback_handler = CallbackHandler([], model, trainer.processing_class, None, None)
+            return {
+                k: float(v) for k, v in trainer.evaluate(eval_dataset=dataset).items() if isinstance(v, (int, float))
+            }
+
+    def _need_one_process(self) -> None:
+        if self.trainer.args.world_size > 1:
+            raise NotRun(f"{self.trainer.args.world_size} processes: run the check with one")
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        trainer = self.trainer
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        held = [trainer, trainer.accelerator, trainer.state, trainer.control]
+        from accelerate.state import GradientState
+
+        shared = dict(GradientState._shared_state)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(attributes_restored(*held))
+            if optimizer is not None:
+                stack.enter_context(optimizer_restored(optimizer))
+            trainer.args = copy.copy(trainer.args)
+            yield
+        GradientState._shared_state.clear()
+        GradientState._shared_state.update(shared)
+
+
+@contextlib.contextmanager
+def optimizer_restored(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Its moments and rates are as before, in the same tensors; inside it works on copies."""
+    state, groups = optimizer.state, [dict(group) for group in optimizer.param_groups]
+    optimizer.state = collections.defaultdict(
+        dict, {p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for p, s in state.items()}
+    )
+    try:
+        yield
+    finally:
+        optimizer.state = state
+        for group, before in zip(optimizer.param_groups, groups, strict=False):
+            group.clear()
+            group.update(before)
+
+
+def _owns(optimizer: Any, model: nn.Module) -> bool:
+    mine = {id(p) for p in model.parameters()}
+    return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
+
+
+def _unpadded(batch: dict[str, Any], indices: list[int], raw: dict[str, Any] | None) -> list[LabelledRow]:
+    if "input_ids" not in batch or "labels" not in batch:
+        raise NotApplicable("the collator makes no input_ids and labels: not a language-modelling trainer")
+    rows = []
+    mask = batch.get("attention_mask")
+    for index, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
+        keep = mask[index].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else torch.ones_like(ids).bool()
+        rows.append(LabelledRow(indices[index], ids[keep].tolist(), labels[keep].tolist(), raw))
+    return rows
+
+
+def _shortened(num_steps: int, folder: Path) -> dict[str, Any]:
+    """TrainingArguments of a short run that only saves."""
+    return {
+        "output_dir": str(folder),
+        "max_steps": num_steps,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "logging_strategy": "no",
+        "eval_on_start": False,
+        "load_best_model_at_end": False,
+        "save_total_limit": None,
+        "save_only_model": False,
+        "push_to_hub": False,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+
+
+def _recorder(trainer: Any, trace: Trace, stop_at: int) -> Any:
+    from transformers import TrainerCallback
+
+    class Recorder(TrainerCallback):
+        """One `Step` per optimiser step; saves and ends at `stop_at`."""
+
+        ids: list[list[int]] = []
+        loss = 0.0
+        rate = 0.0
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.rate = max(group["lr"] for group in trainer.optimizer.param_groups)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            trace.steps.append(Step(self.ids, self.rate, self.loss))
+            self.ids, self.loss = [], 0.0
+            control.should_log = control.should_evaluate = False
+            control.should_save = control.should_training_stop = state.global_step >= stop_at
+            return control
+
+    return Recorder()

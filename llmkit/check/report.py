@@ -1,0 +1,79 @@
+"""What the checks found: for a console, a notebook, a file, a script.
+
+Owns the result format (DESIGN, section 3) and the exit code.   report.print(); report.exit_code; report.raise_on_fail()
+
+Leaves out how results come about.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+
+VERSION = 1
+STATUSES = ("fail", "not_run", "warn", "pass", "not_applicable")  # the worst first
+
+
+class CheckFailed(AssertionError):
+    """At least one check failed; the message names them."""
+
+
+@dataclasses.dataclass
+class CheckResult:
+    """One line of the report. `evidence`: dicts with any of row, position, text, ids, note."""
+
+    id: str
+    family: str
+    tier: int
+    status: str
+    measured: str = ""
+    limit: str = ""
+    evidence: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    fix: str = ""
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass
+class Report:
+    target: str
+    checks: list[CheckResult] = dataclasses.field(default_factory=list)
+
+    def count(self, status: str) -> int:
+        return sum(c.status == status for c in self.checks)
+
+    def __getitem__(self, id: str) -> CheckResult:
+        return next(c for c in self.checks if c.id == id)
+
+    @property
+    def exit_code(self) -> int:
+        """0: every applicable check passed or warned; 1: a fail; 3: no fail, but one did not run."""
+        return 1 if self.count("fail") else 3 if self.count("not_run") else 0
+
+    def raise_on_fail(self) -> "Report":
+        found = [c for c in self.checks if c.status == "fail"]
+        if found:
+            raise CheckFailed("; ".join(f"{c.id}: {c.measured}" for c in found))
+        return self
+
+    def redacted(self) -> "Report":
+        """Without text of the user's data: ids, rows and positions stay."""
+        checks = [
+            dataclasses.replace(c, evidence=[{k: v for k, v in e.items() if k != "text"} for e in c.evidence])
+            for c in self.checks
+        ]
+        return Report(self.target, checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        summary: dict[str, Any] = {status: self.count(status) for status in STATUSES}
+        summary |= {"exit_code": self.exit_code, "seconds": round(sum(c.seconds for c in self.checks), 3)}
+        rows = [dataclasses.asdict(c) for c in self.checks]
+        return {"version": VERSION, "llmkit": __version__, "target": self.target, "checks": rows, "summary": summary}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "Report":
+        return cls(value["target"], [CheckResult(**row) for row in value["checks"]])
+
+    def write_json(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
