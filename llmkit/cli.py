@@ -1,24 +1,30 @@
 """The front desk: `llmkit <verb> recipe.yaml --key value`.
 
-Owns the verb table and the exit codes: 0 done, 1 crashed, 2 the user's mistake (one line), 130 interrupted,
-141 when nobody reads the output any more (`llmkit help x | head -1`).
+Owns the verb table, the checks before a training verb, and the exit codes: 0 done, 1 crashed or a check failed, 2 the
+user's mistake (one line), 3 a check could not run, 130 interrupted, 141 when nobody reads the output any more
+(`llmkit help x | head -1`).
 Leaves out everything heavy: a verb's module is imported when the verb runs.
 """
 
+import dataclasses
 import importlib
 import os
 import select
 import sys
+from pathlib import Path
 from typing import Any
 
 from . import __version__, config, launch, run
 
 # verb -> (module, config class, what it does)
 VERBS: dict[str, tuple[str, type, str]] = {
+    "check": ("check.verb", config.CheckConfig, "find the silent bugs of a model, tokenizer, data set or trainer"),
     "pretrain": ("train.pretrain", config.PretrainConfig, "train a causal LM from scratch, or go on training one"),
     "generate": ("deploy.generate", config.GenerateConfig, "continue a prompt, streaming"),
     "export": ("deploy.export", config.ExportConfig, "write a plain Qwen3 or Llama folder that needs no llmkit"),
 }
+# verb -> the module whose `get_subject(settings, tier)` hands it to the checks
+PREFLIGHT = {"pretrain": "train.preflight"}
 
 
 def usage() -> str:
@@ -41,6 +47,65 @@ def _verb(word: str) -> str:
     return word
 
 
+def run_verb(verb: str, words: list[str]) -> int:
+    module, cls, _ = VERBS[verb]
+    settings: Any = config.load(cls, words, verb)
+    if verb in PREFLIGHT:
+        if launch.is_wanted(settings):
+            return launch.relaunch(settings, verb, words)
+        if launch.is_main():
+            print(f"# llmkit {verb}\n{config.dump(settings)}", flush=True)
+            if not settings.skip_checks and (code := preflight(verb, settings)):
+                return code
+    _import(module).main(settings)
+    return 0
+
+
+def preflight(verb: str, settings: Any) -> int:
+    """Tier 0 before a training verb: seconds. The report goes into the run folder; 1 when a check failed."""
+    selection = _import("check.attach").selection(0, (), (), settings.check_ignore)
+    report = _import("check.runner").run(_import(PREFLIGHT[verb]).get_subject(settings, 0), selection)
+    folder = Path(settings.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    report.write_json(folder / run.CHECK)
+    if report.count("fail"):
+        _import("check.verb").show(report, config.CheckConfig())
+        launch.say_error(f"llmkit: {verb} was not started; mend what failed, or add --skip_checks")
+        return 1
+    print(f"checks    {report.summary()}", flush=True)
+    return 0
+
+
+def check(words: list[str]) -> int:
+    """`llmkit check` of a folder, of a recipe, or of the trainer that a command after `--` builds."""
+    command = None
+    if "--" in words:
+        words, command = words[: words.index("--")], words[words.index("--") + 1 :]
+    recipe, raw = config.parse_args(words)
+    own, theirs = _keys(config.CheckConfig), _keys(config.PretrainConfig)
+    subject: Any = None
+    if recipe is None or set(config.read_recipe(recipe)) <= own:
+        settings = config.load(config.CheckConfig, words, "check")
+    else:  # what a training verb would run; keys that both know are the recipe's
+        flags = {key: f"--{key}={value}" for key, value in raw.items()}
+        for_recipe = [flag for key, flag in flags.items() if key.split(".")[0] in theirs or key not in own]
+        stage = config.load(config.PretrainConfig, [str(recipe), *for_recipe], "pretrain")
+        settings = config.load(config.CheckConfig, [f for f in flags.values() if f not in for_recipe], "check")
+        settings = dataclasses.replace(settings, check_ignore=stage.check_ignore)
+        if command is not None:
+            raise config.UserError(f"{recipe} and a command after `--`; give one of them")
+        subject = _import(PREFLIGHT["pretrain"]).get_subject(stage, settings.tier)
+    return _import("check.verb").main(settings, subject, command)
+
+
+def _keys(cls: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
+
+
+def _import(module: str) -> Any:
+    return importlib.import_module(f".{module}", __package__)
+
+
 def dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help") or argv == ["help"]:
         print(usage())
@@ -55,15 +120,8 @@ def dispatch(argv: list[str]) -> int:
     if "-h" in rest or "--help" in rest:
         print(help_for(verb))
         return 0
-    module, cls, _ = VERBS[verb]
-    settings: Any = config.load(cls, rest, verb)
-    if cls is config.PretrainConfig:
-        if launch.is_wanted(settings):
-            return launch.relaunch(settings, verb, rest)
-        if launch.is_main():
-            print(f"# llmkit {verb}\n{config.dump(settings)}", flush=True)
     try:
-        importlib.import_module(f".{module}", __package__).main(settings)
+        return check(rest) if verb == "check" else run_verb(verb, rest)
     except ImportError as error:
         if error.name and error.name.startswith("llmkit"):
             raise
@@ -71,7 +129,6 @@ def dispatch(argv: list[str]) -> int:
         raise config.UserError(
             f"llmkit {verb} needs {what}; run `make setup-all` or `pip install -e '.[all]'`"
         ) from None
-    return 0
 
 
 def _is_stdout_closed() -> bool:

@@ -138,6 +138,8 @@ class PretrainConfig:
     project: str = option("llmkit", "Trackio project")
     run_name: str | None = option(None, "Trackio run; null: the name of output_dir")
     # start
+    skip_checks: bool = option(False, "start without the checks of tier 0 (seconds), or although one of them fails")
+    check_ignore: list = option([], "[{check: NAME, reason: TEXT}]: a fail of that check becomes a warning")
     accelerate_config: str | None = option(None, "relaunch under accelerate with this config: a name or a path")
     num_processes: int | None = option(None, "relaunch under accelerate with so many processes")
 

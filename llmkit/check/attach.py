@@ -42,7 +42,8 @@ def _cannot_load(key: str, name: str, error: Exception, trusts: bool) -> str:
     text = str(error).strip().split("\n")[0]
     if "trust_remote_code" in str(error) and not trusts:
         return f"{key}={name!r}: comes with code of its own; read it, then add --trust_remote_code to run it"
-    return f"{key}={name!r}: cannot be loaded ({type(error).__name__}: {text[:200]}); expected a transformers folder or Hub id"
+    what = f"{type(error).__name__}: {text[:200]}"
+    return f"{key}={name!r}: cannot be loaded ({what}); expected a transformers folder or Hub id"
 
 
 def load_config(name: str, trust_remote_code: bool) -> Any:

@@ -22,14 +22,20 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.progress import Progress, TextColumn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .. import model as ours  # noqa: F401  registers llmkit with the Auto classes
 from ..config import PretrainConfig, UserError
 from ..data.loader import Loader, Rows
 from ..data.shards import NAME, Store, build_store, open_store
 from ..data.sources import Source, documents, source_fingerprint
-from ..data.tokenizer import add_bos, fingerprint, load_tokenizer, save_tokenizer, train_bpe, train_char
+from ..data.tokenizer import add_bos, bos_id, fingerprint, load_tokenizer, save_tokenizer, train_bpe, train_char
 from ..hardware import Device
 from ..run import Run, resolve_model_dir, written_beside
 from .engines import Engine
@@ -214,6 +220,34 @@ def get_store(
         )
 
 
+def eval_shard_names(eval_sources: list[Source]) -> list[str]:
+    """Raises UserError when two shards have one name."""
+    names = [source.shard or source.name or f"validation{i}" for i, source in enumerate(eval_sources)]
+    if len(set(names)) < len(names):
+        raise UserError(f"eval_datasets: shard names {names} are not all different; set `shard:` on each")
+    return names
+
+
+def get_rows(
+    config: PretrainConfig,
+    sources: list[Source],
+    eval_sources: list[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+) -> tuple[list[Rows], dict[str, Rows]]:
+    """Training rows of every source, and those of every validation shard by its name; stores are made or found."""
+    data_dir, store_dir = folders(config)
+    stores = [get_store(source, data_dir, store_dir, tokenizer, console) for source in [*sources, *eval_sources]]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    rows = [Rows(store, config.max_length, config.packing_strategy, bos_id(tokenizer), pad) for store in stores]
+    return rows[: len(sources)], dict(zip(eval_shard_names(eval_sources), rows[len(sources) :], strict=True))
+
+
+def folders(config: PretrainConfig) -> tuple[Path, Path]:
+    """data_dir and store_dir."""
+    return Path(config.data_dir), Path(config.store_dir or Path(config.output_dir).parent / "data")
+
+
 def get_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A fresh model of `model_type`, or a checkpoint, in float32. Raises UserError for what does not fit."""
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
@@ -306,7 +340,8 @@ def check_attention(model: PreTrainedModel, config: PretrainConfig) -> bool:
     return is_isolated
 
 
-def _fresh_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, attention: dict) -> PreTrainedModel:
+def fresh_config(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The config of a model that starts from scratch. Raises UserError for a field that its architecture lacks."""
     try:
         blank = transformers.AutoConfig.for_model(config.model_type)
     except ValueError:
@@ -331,11 +366,24 @@ def _fresh_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, att
         "pad_token_id": tokenizer.pad_token_id,
     } | config.config_overrides
     try:
-        model_config = transformers.AutoConfig.for_model(config.model_type, **settings)
+        return transformers.AutoConfig.for_model(config.model_type, **settings)
+    except CONFIG_ERRORS as error:
+        raise _bad_overrides(error) from None
+
+
+CONFIG_ERRORS = (ArithmeticError, ImportError, RuntimeError, StrictDataclassError, TypeError, ValueError)
+
+
+def _bad_overrides(error: Exception) -> UserError:
+    return UserError(f"config_overrides: {' '.join(str(error.__cause__ or error).split())}")
+
+
+def _fresh_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, attention: dict) -> PreTrainedModel:
+    model_config = fresh_config(config, tokenizer)
+    try:
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, **attention)
-    except (ArithmeticError, ImportError, RuntimeError, StrictDataclassError, TypeError, ValueError) as error:
-        cause = error.__cause__ or error
-        raise UserError(f"config_overrides: {' '.join(str(cause).split())}") from None
+    except CONFIG_ERRORS as error:
+        raise _bad_overrides(error) from None
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

@@ -39,9 +39,11 @@ from .build import (
     check_config,
     check_disk,
     check_prompts,
+    eval_shard_names,
     flops_per_token,
+    folders,
     get_model,
-    get_store,
+    get_rows,
     get_tokenizer,
     identity,
 )
@@ -71,8 +73,7 @@ def main(config: PretrainConfig) -> Result:
     kind = engine_kind()
     check_engine(kind, config)
     quiet_libraries()
-    folder, data_dir = Path(config.output_dir), Path(config.data_dir)
-    store_dir = Path(config.store_dir) if config.store_dir else folder.parent / "data"
+    folder, (data_dir, store_dir) = Path(config.output_dir), folders(config)
     device = detect(config.use_cpu, config.bf16)
     accelerator = start_accelerator(kind, device, config)
     console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True)
@@ -86,9 +87,7 @@ def main(config: PretrainConfig) -> Result:
         check_output_dir(folder)
     sources = parse_sources(config.datasets, "datasets")
     eval_sources = parse_sources(config.eval_datasets, "eval_datasets")
-    names = [source.shard or source.name or f"validation{i}" for i, source in enumerate(eval_sources)]
-    if len(set(names)) < len(names):
-        raise UserError(f"eval_datasets: shard names {names} are not all different; set `shard:` on each")
+    eval_shard_names(eval_sources)
 
     with accelerator.main_process_first():  # rank 0 writes tokenizer and stores, the others find them
         tokenizer = get_tokenizer(config, sources, data_dir, store_dir)
@@ -97,10 +96,7 @@ def main(config: PretrainConfig) -> Result:
     model = get_model(config, tokenizer)
     can_isolate = check_attention(model, config)
     with accelerator.main_process_first():
-        stores = [get_store(source, data_dir, store_dir, tokenizer, console) for source in [*sources, *eval_sources]]
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        rows = [Rows(store, config.max_length, config.packing_strategy, bos_id(tokenizer), pad) for store in stores]
-    train_rows, shards = rows[: len(sources)], dict(zip(names, rows[len(sources) :], strict=True))
+        train_rows, shards = get_rows(config, sources, eval_sources, tokenizer, console)
 
     rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     data_seed = config.seed if config.data_seed is None else config.data_seed
