@@ -7,7 +7,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_DISABLE_TELEMETRY := 1
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: help setup setup-all pretrain-toy generate-toy export-toy pretrain-shakespeare-char clean-toy lint format test test-fast test-all
+.PHONY: help setup setup-all check-toy check-report pretrain-toy generate-toy export-toy pretrain-shakespeare-char clean-toy lint format test test-fast test-all
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -42,6 +42,12 @@ $(VENV)/all: $(VENV)/core
 	@if [ "$$(uname)" = Linux ]; then DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed; fi
 	@$(PIP) --editable '.[all,dev]'
 	@touch $@
+
+check-toy: $(VENV)/core  ## every check of the toy recipe: data, tokenizer, model, loss, resume
+	$(BIN)/llmkit check recipes/toy/pretrain.yaml
+
+check-report: $(VENV)/all  ## planted bugs x checks x result; README's table comes from it
+	$(OFFLINE) $(BIN)/python tests/planted/report.py --write
 
 pretrain-toy: $(VENV)/core  ## train a GPT on the toy world: minutes on two CPU cores, known true entropy
 	$(BIN)/llmkit pretrain recipes/toy/pretrain.yaml

@@ -122,6 +122,7 @@ class Subject:
     make_model: Callable[[Any], nn.Module] | None = None  # config -> a model of the same class, freshly drawn
     failure: str | None = None  # what the trainer's own constructor raised, where it did
     _shrunk: dict[bool, nn.Module] = field(default_factory=dict, repr=False)
+    _cache: dict[str, Any] = field(default_factory=dict, repr=False)  # what several checks of a family look at
 
     def need(self, *parts: str) -> None:
         """Raises NotApplicable for the first part that is not there."""

@@ -54,7 +54,8 @@ def test_a_run_leaves_what_the_contract_says(tmp_path, capsys):
     result = run(tmp_path, save_steps=2, save_total_limit=1, eval_steps=3, ngram_order=2, optim="muon")
     folder = tmp_path / "run"
     assert {p.name for p in folder.iterdir()} == {
-        "recipe.yaml", "manifest.json", "metrics.jsonl", "result.json", "loss.png", "model", "checkpoints",
+        "recipe.yaml", "manifest.json", "check.json", "metrics.jsonl", "result.json", "loss.png", "model",
+        "checkpoints",
     }  # fmt: skip
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000006"]
     assert result["status"] == "ok" and result["stage"] == "pretrain" and result["parent"] is None
