@@ -7,6 +7,7 @@ Leaves out what the results mean (`model.py`).
 
 import contextlib
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -88,9 +89,14 @@ def positions_of(model: Any, mask: Tensor) -> Tensor | None:
 
 
 def isolates_by_position(model: Any) -> bool:
-    """Whether transformers' mask functions, which read restarting position_ids, build this model's mask."""
+    """Whether the code of this architecture hands position_ids to the mask: then restarting ones must isolate."""
     module = inspect.getmodule(type(bare(model)))
-    return module is not None and hasattr(module, "create_causal_mask")
+    try:
+        source = inspect.getsource(module) if module else ""
+    except OSError:
+        return False
+    calls = re.findall(r"(?:create_causal_mask\(|mask_kwargs = \{)(.*?)[)}]\n", source, flags=re.S)
+    return any("position_ids" in call for call in calls)
 
 
 class Backend(contextlib.AbstractContextManager):
