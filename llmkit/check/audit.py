@@ -330,7 +330,7 @@ def _is_cut(item: AuditedRow, stops: set[int], max_length: int | None, cut_at: i
     is_full = len(ids) in (max_length, cut_at)
     if item.contents and item.contents[-1][0] != "text":
         last = item.parts[-1] if item.parts else None
-        is_whole = last is not None and not last.is_cut and len(item.parts) == len(item.contents)
+        is_whole = last is not None and not last.is_cut and last.number == len(item.contents) - 1
         if is_whole:
             return is_full and not stops & set(ids[last.after :])
         return (last is not None and last.is_cut) or is_full

@@ -11,15 +11,20 @@ copies what they do: whatever a subclass changed is what runs.
 import collections
 import contextlib
 import copy
+import functools
+import itertools
 import math
+import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .subject import LabelledRow, NotApplicable, NotRun, Step, Trace, attributes_restored
+from .subject import LabelledRow, NotApplicable, NotRun, Step, Trace, attributes_restored, contents_restored
 
 RAW_COLUMNS = ("messages", "prompt", "completion", "text", "chosen", "rejected", "conversations")
 LOOKED_AT = 256  # rows among which batches choose short or ragged ones
@@ -47,7 +52,7 @@ class HFTraining:
 
     # what it trains on
 
-    def _dataset(self, num_rows: int | None = None) -> Any:
+    def _dataset(self) -> Any:
         dataset = self.trainer.train_dataset
         if dataset is None:
             raise NotApplicable("the trainer has no train_dataset")
@@ -55,13 +60,7 @@ class HFTraining:
             raise NotRun("the train_dataset is a stream without length: its rows cannot be picked")
         if len(dataset) == 0:
             raise NotRun("the train_dataset holds no row")
-        if num_rows is None or num_rows >= len(dataset):
-            return dataset
-        return (
-            dataset.select(range(num_rows))
-            if hasattr(dataset, "select")
-            else torch.utils.data.Subset(dataset, range(num_rows))
-        )
+        return dataset
 
     def _collate(self, indices: list[int]) -> dict[str, Any]:
         trainer, dataset = self.trainer, self._dataset()
@@ -140,6 +139,7 @@ class HFTraining:
     def backward(self, model: nn.Module, micro_batches: list[dict[str, Any]]) -> float:
         trainer, total = self.trainer, 0.0
         with self.unchanged():
+            _patch_forward_as(trainer.model, model)
             trainer.args.gradient_accumulation_steps = len(micro_batches)
             model.zero_grad(set_to_none=True)
             device = next(model.parameters()).device
@@ -153,6 +153,7 @@ class HFTraining:
         return total
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The trainer's own where it belongs to `model`: handed to the constructor, or left by an earlier `train()`."""
         trainer = self.trainer
         if trainer.optimizer is not None and model is trainer.model:
             return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
@@ -169,16 +170,31 @@ class HFTraining:
         batches = len(self.trainer.get_train_dataloader())
         return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
 
-    def learning_rates(self, model: nn.Module) -> list[float]:
-        trainer, total = self.trainer, self.num_steps()
-        optimizer = self.make_optimizer(model)
-        rates = []
-        with self.unchanged():
-            trainer.model, trainer.optimizer, trainer.lr_scheduler = model, optimizer, None
-            scheduler = trainer.create_scheduler(num_training_steps=total, optimizer=optimizer)
+    @property
+    def was_given_scheduler(self) -> bool:
+        """A scheduler was handed to the constructor."""
+        return self.trainer.lr_scheduler is not None and not self.trainer._created_lr_scheduler
+
+    def make_scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
+        """The trainer's schedule over `num_steps`; use it inside `unchanged`."""
+        trainer = self.trainer
+        if self.was_given_scheduler:
+            return trainer.lr_scheduler
+        for group in optimizer.param_groups:
+            group["lr"] = group.get("initial_lr", group["lr"])
+        trainer.optimizer, trainer.lr_scheduler = optimizer, None
+        return trainer.create_scheduler(num_training_steps=num_steps, optimizer=optimizer)
+
+    def learning_rates(self, model: nn.Module, num_steps: int | None = None) -> list[float]:
+        optimizer, rates = self.make_optimizer(model), []
+        with self.unchanged(), optimizer_restored(optimizer):
+            self.trainer.model = model
+            total = num_steps or self.num_steps()
+            self.trainer.args.max_steps = total
+            scheduler = self.make_scheduler(optimizer, total)
             for _ in range(total):
                 rates.append(max(group["lr"] for group in optimizer.param_groups))
-                optimizer._opt_called = True  # nothing is stepped here, and the scheduler would warn
+                optimizer._opt_called = True  # type: ignore[attr-defined]  # nothing is stepped, which it would warn of
                 scheduler.step()
         return rates
 
@@ -190,7 +206,9 @@ class HFTraining:
         stop_at: int | None = None,
         resume_from: Path | None = None,
         num_rows: int | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> Trace:
+        """As in a new process: an optimiser without moments. `settings`: TrainingArguments that are to be others."""
         from transformers import TrainerControl, TrainerState
         from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
@@ -198,34 +216,63 @@ class HFTraining:
         trainer, trace = self.trainer, Trace()
         with self.unchanged():
             args = trainer.args
-            for name, value in _shortened(num_steps, folder).items():
+            for name, value in {**_shortened(num_steps, folder), **(settings or {})}.items():
                 setattr(args, name, value)
-            trainer.model = trainer.model_wrapped = model
-            trainer.lr_scheduler = None
-            if trainer.optimizer is not None and not _owns(trainer.optimizer, model):
-                trainer.optimizer = None
-            trainer.train_dataset = self._dataset(num_rows)
+            self._use(model)
+            trainer.train_dataset = _some_rows(trainer.train_dataset, num_rows, self._vocabulary())
+            trainer._train_batch_size = args.train_batch_size
             trainer.eval_dataset = None
             recorder = _recorder(trainer, trace, stop_at or num_steps)
             flow = [DefaultFlowCallback(), recorder]
             trainer.callback_handler = CallbackHandler(flow, model, trainer.processing_class, trainer.optimizer, None)
             trainer.state, trainer.control = TrainerState(), TrainerControl()
-            step = trainer.training_step
+            step, clip = trainer.training_step, trainer._clip_grad_norm
 
-            def recorded(model: nn.Module, inputs: Any, *rest: Any, **kwargs: Any) -> Tensor:
+            def recorded_step(model: nn.Module, inputs: Any, *rest: Any, **kwargs: Any) -> Tensor:
+                if not hasattr(inputs, "keys") or "input_ids" not in inputs:
+                    raise NotApplicable("its batches hold no input_ids: not a language-modelling trainer")
                 recorder.ids += inputs["input_ids"].tolist()
                 loss = step(model, inputs, *rest, **kwargs)
                 recorder.loss += float(loss)
                 return loss
 
-            trainer.training_step = recorded
+            def recorded_clip(*given: Any, **kwargs: Any) -> Any:
+                recorder.norm = gradient_norm(trainer)
+                return clip(*given, **kwargs)
+
+            trainer.training_step, trainer._clip_grad_norm = recorded_step, recorded_clip
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
             trace.weights = {n: p.detach().cpu().clone() for n, p in model.named_parameters()}
             trace.optimizer = copy.deepcopy(trainer.optimizer.state_dict())
         trace.checkpoints = {int(p.name.split("-")[1]): p for p in folder.glob("checkpoint-*")}
+        if not trace.steps:
+            raise NotRun("train() ended without an optimiser step that its callbacks were told of")
         return trace
 
-    def evaluate(self, model: nn.Module, batch_size: int, num_rows: int) -> dict[str, float]:
+    def _vocabulary(self) -> int:
+        return int(getattr(self.trainer.model.config.get_text_config(), "vocab_size", 50_000))
+
+    def _use(self, model: nn.Module) -> None:
+        """Makes `model` the trainer's, as a fresh process would: inside `unchanged` only."""
+        trainer = self.trainer
+        _patch_forward_as(trainer.model, model)
+        given = self.was_given_scheduler
+        trainer.model = trainer.model_wrapped = model
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        if optimizer is not None and not _owns(optimizer, model):
+            optimizer, given = None, False
+        if optimizer is not None:
+            optimizer.state.clear()
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] if given else group.get("initial_lr", group["lr"])
+        trainer.optimizer = optimizer
+        if not given:
+            trainer.lr_scheduler = None
+
+    def evaluate(
+        self, model: nn.Module, batch_size: int, num_rows: int, batches: list[tuple[float, int]] | None = None
+    ) -> dict[str, float]:
+        """`batches` receives (loss, trained tokens) of every batch that went through `prediction_step`."""
         from transformers.trainer_callback import CallbackHandler
 
         self._need_one_process()
@@ -236,17 +283,24 @@ class HFTraining:
                 dataset = next(iter(dataset.values()))
             if dataset is None:
                 raise NotApplicable("the trainer has no eval_dataset")
-            if hasattr(dataset, "select"):
-                dataset = dataset.select(range(min(num_rows, len(dataset))))
-            elif hasattr(dataset, "__len__"):
-                dataset = torch.utils.data.Subset(dataset, range(min(num_rows, len(dataset))))
+            trainer.eval_dataset = _some_rows(dataset, num_rows, self._vocabulary())
             trainer.args.per_device_eval_batch_size = batch_size
             trainer.args.report_to, trainer.args.disable_tqdm = [], True
+            _patch_forward_as(trainer.model, model)
             trainer.model = trainer.model_wrapped = model
             trainer.callback_handler = CallbackHandler([], model, trainer.processing_class, None, None)
-            return {
-                k: float(v) for k, v in trainer.evaluate(eval_dataset=dataset).items() if isinstance(v, (int, float))
-            }
+            predict = trainer.prediction_step
+
+            def recorded(model: nn.Module, inputs: Any, *rest: Any, **kwargs: Any) -> Any:
+                labels = inputs.get("labels") if hasattr(inputs, "get") else None
+                tokens = int((labels[..., 1:] != -100).sum()) if isinstance(labels, Tensor) else 0
+                output = predict(model, inputs, *rest, **kwargs)
+                if batches is not None and output[0] is not None:
+                    batches.append((float(output[0].mean()), tokens))
+                return output
+
+            trainer.prediction_step = recorded
+            return {k: float(v) for k, v in trainer.evaluate().items() if isinstance(v, (int, float))}
 
     def _need_one_process(self) -> None:
         if self.trainer.args.world_size > 1:
@@ -256,34 +310,128 @@ class HFTraining:
     def unchanged(self) -> Iterator[None]:
         trainer = self.trainer
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        held = [trainer, trainer.accelerator, trainer.state, trainer.control]
+        held = [trainer, trainer.accelerator, trainer.state, trainer.control, *_own_objects(trainer)]
         from accelerate.state import GradientState
 
-        shared = dict(GradientState._shared_state)
+        shared = GradientState._shared_state
         with contextlib.ExitStack() as stack:
+            stack.enter_context(generators_restored(held))
             stack.enter_context(attributes_restored(*held))
+            stack.enter_context(contents_restored(shared))
             if optimizer is not None:
                 stack.enter_context(optimizer_restored(optimizer))
             trainer.args = copy.copy(trainer.args)
             yield
-        GradientState._shared_state.clear()
-        GradientState._shared_state.update(shared)
+
+
+def _own_objects(trainer: Any) -> list[Any]:
+    """What hangs on a trainer and may keep a state of its own: collators, samplers, schedulers, loss scalers."""
+    elsewhere = (type, ModuleType, FunctionType, MethodType, nn.Module, Tensor, torch.optim.Optimizer, Path)
+    named = ("Tokenizer", "Processor", "Callback", "Arguments", "Config")
+    found: dict[int, Any] = {}
+    queue = [*vars(trainer).values(), getattr(trainer.accelerator, "scaler", None)]
+    for _ in range(3):
+        level, queue = queue, []
+        for value in level:
+            if isinstance(value, (list, tuple)) and len(value) <= 20:
+                queue += value
+            if id(value) in found or not hasattr(value, "__dict__") or isinstance(value, elsewhere):
+                continue
+            if value is trainer or type(value).__module__.split(".")[0] == "accelerate" or len(found) > 100:
+                continue
+            if any(word in c.__name__ for c in type(value).__mro__ for word in named):
+                continue
+            found[id(value)] = value
+            queue += vars(value).values()
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def generators_restored(objects: list[Any]) -> Iterator[None]:
+    """The random generators among their attributes are as before."""
+    values = {id(v): v for o in objects for v in vars(o).values()}.values()
+    torches = [(g, g.get_state()) for g in values if isinstance(g, torch.Generator)]
+    pythons = [(g, g.getstate()) for g in values if isinstance(g, random.Random)]
+    numpys = [(g, g.bit_generator.state) for g in values if isinstance(g, np.random.Generator)]
+    try:
+        yield
+    finally:
+        for torch_generator, torch_state in torches:
+            torch_generator.set_state(torch_state)
+        for python_generator, python_state in pythons:
+            python_generator.setstate(python_state)
+        for numpy_generator, numpy_state in numpys:
+            numpy_generator.bit_generator.state = numpy_state
 
 
 @contextlib.contextmanager
 def optimizer_restored(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Its moments and rates are as before, in the same tensors; inside it works on copies."""
+    """Its moments, rates and attributes are as before, in the same tensors; inside it works on copies."""
     state, groups = optimizer.state, [dict(group) for group in optimizer.param_groups]
-    optimizer.state = collections.defaultdict(
-        dict, {p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for p, s in state.items()}
-    )
-    try:
-        yield
-    finally:
-        optimizer.state = state
-        for group, before in zip(optimizer.param_groups, groups, strict=False):
-            group.clear()
-            group.update(before)
+    with attributes_restored(optimizer):
+        optimizer.state = collections.defaultdict(
+            dict, {p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for p, s in state.items()}
+        )
+        try:
+            yield
+        finally:
+            optimizer.state = state
+            for group, before in zip(optimizer.param_groups, groups, strict=False):
+                group.clear()
+                group.update(before)
+
+
+def gradient_norm(trainer: Any) -> float:
+    """Of all gradients together, as the optimiser will see them: without the factor of a loss scaler."""
+    squares = [float(p.grad.float().square().sum()) for p in trainer.model.parameters() if p.grad is not None]
+    scaler = trainer.accelerator.scaler
+    return math.sqrt(sum(squares)) / (scaler.get_scale() if scaler is not None and not _is_unscaled(trainer) else 1.0)
+
+
+def _is_unscaled(trainer: Any) -> bool:
+    states = getattr(trainer.accelerator.scaler, "_per_optimizer_states", {})
+    return any(getattr(s.get("stage"), "name", "") == "UNSCALED" for s in states.values())
+
+
+def _patch_forward_as(live: Any, small: Any) -> None:
+    """TRL writes a `forward` of its own on the model it trains, closed over the original: the small one gets the same.
+
+    Whoever lends the small model takes it off again (`restored`).
+    """
+    live, small = (m.get_base_model() if hasattr(m, "get_base_model") else m for m in (live, small))
+    function = getattr(vars(live).get("forward"), "__func__", None)
+    if live is small or not isinstance(function, FunctionType) or "forward" in vars(small):
+        return
+
+    def other(value: Any) -> Any:
+        if value is live:
+            return small
+        return getattr(small, value.__name__) if getattr(value, "__self__", None) is live else value
+
+    cells = tuple(CellType(other(cell.cell_contents)) for cell in function.__closure__ or ())
+    copied = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(copied, type(small).forward)
+    small.forward = MethodType(copied, small)
+
+
+def _some_rows(dataset: Any, num_rows: int | None, vocabulary: int) -> Any:
+    """The first `num_rows` rows that are short enough for logits of eight of them; of a stream, its first rows."""
+    if num_rows is None:
+        return dataset
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        return list(itertools.islice(iter(dataset), num_rows))
+    if num_rows >= len(dataset):
+        return dataset
+    lengths = [_length(dataset[i]) for i in range(min(len(dataset), LOOKED_AT))]
+    picks = [i for i, n in enumerate(lengths) if n * vocabulary * 8 <= ELEMENTS][:num_rows]
+    if len(picks) < num_rows:
+        picks = sorted(sorted(range(len(lengths)), key=lambda i: lengths[i])[:num_rows])
+    return dataset.select(picks) if hasattr(dataset, "select") else torch.utils.data.Subset(dataset, picks)
+
+
+def _length(row: Any) -> int:
+    return len(row["input_ids"]) if isinstance(row, dict) and "input_ids" in row else 0
 
 
 def _owns(optimizer: Any, model: nn.Module) -> bool:
@@ -329,13 +477,23 @@ def _recorder(trainer: Any, trace: Trace, stop_at: int) -> Any:
         ids: list[list[int]] = []
         loss = 0.0
         rate = 0.0
+        norm: float | None = None  # before clipping
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trace.first_weights = {n: p.detach().cpu().clone() for n, p in trainer.model.named_parameters()}
+            trace.first_optimizer = copy.deepcopy(trainer.optimizer.state_dict())
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.rate = max(group["lr"] for group in trainer.optimizer.param_groups)
+            for name, p in trainer.model.named_parameters():
+                size = 0.0 if p.grad is None else float(p.grad.abs().max())
+                trace.gradients[name] = max(size, trace.gradients.get(name, 0.0))
+            if self.norm is not None:
+                trace.norms.append((self.norm, gradient_norm(trainer)))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
             trace.steps.append(Step(self.ids, self.rate, self.loss))
-            self.ids, self.loss = [], 0.0
+            self.ids, self.loss, self.norm = [], 0.0, None
             control.should_log = control.should_evaluate = False
             control.should_save = control.should_training_stop = state.global_step >= stop_at
             return control

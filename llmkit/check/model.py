@@ -146,11 +146,11 @@ def padding_changes_logits(subject: Subject) -> Outcome:
                 if moved > floor:
                     position = int((alone - out).abs().amax((0, 2)).argmax())
                     bad.append({"row": 0, "position": position, "note": f"padded {side}, {backend.name}: {moved:.1e}"})
-        moved = _generate_difference(model, ids, pad, scale)
-        if moved is not None:
-            worst = max(worst, moved)
-            if moved > floor:
-                bad.append({"row": 0, "note": f"first scores of generate, padded left: {moved:.1e}"})
+        first = _generate_difference(model, ids, pad, scale)
+        if first is not None:
+            worst = max(worst, first)
+            if first > floor:
+                bad.append({"row": 0, "note": f"first scores of generate, padded left: {first:.1e}"})
     if bad:
         return failed(f"logits of real tokens move by {worst:.1e} of their deviation", f"{floor:.0e}", bad)
     return passed(f"logits of real tokens move by {worst:.1e} of their deviation", f"{floor:.0e}")

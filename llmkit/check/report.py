@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..run import versions
 
 VERSION = 1
+SHOWN_VERSIONS = ("llmkit", "python", "torch", "transformers", "tokenizers", "trl", "peft")
 STATUSES = ("fail", "not_run", "warn", "pass", "not_applicable")  # the worst first
 
 
@@ -56,6 +58,44 @@ class Report:
         if found:
             raise CheckFailed("; ".join(f"{c.id}: {c.measured}" for c in found))
         return self
+
+    def summary(self) -> str:
+        """Counts in words, and the time."""
+        names = {
+            "fail": "failed",
+            "not_run": "did not run",
+            "warn": "warned",
+            "pass": "passed",
+            "not_applicable": "not applicable",
+        }
+        counts = [f"{self.count(status)} {name}" for status, name in names.items() if self.count(status)]
+        return f"{', '.join(counts) or 'no checks'} ({sum(c.seconds for c in self.checks):.1f} s)"
+
+    def versions(self) -> str:
+        """Of what decides what a check sees."""
+        found = {name: version for name, version in versions().items() if name in SHOWN_VERSIONS}
+        return ", ".join(f"{name} {version}" for name, version in found.items())
+
+    def __str__(self) -> str:
+        import io
+
+        from rich.console import Console
+
+        from .console import print_report
+
+        out = io.StringIO()
+        print_report(self, Console(file=out, width=110, highlight=False))
+        return out.getvalue()
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the page, in a frame of its own so that its style stays inside."""
+        from html import escape
+
+        from .page import page
+
+        return f'<iframe srcdoc="{escape(page(self))}" style="width:100%;height:34rem;border:0"></iframe>'
 
     def redacted(self) -> "Report":
         """Without text of the user's data: ids, rows and positions stay."""

@@ -28,6 +28,7 @@ class Part:
     role: str
     start: int  # in characters of the row's text
     end: int
+    number: int = 0  # of the content in its conversation
     is_cut: bool = False  # the row ends before the content does
     tokens: list[int] = field(default_factory=list)  # positions, those of white space at either end left out
     joins: list[int] = field(default_factory=list)
@@ -141,7 +142,7 @@ def locate(
             place = _cut(text, forms, anchor, position)
         if place is None:
             continue
-        part = Part(role, *place, is_cut=is_cut)
+        part = Part(role, *place, number=k, is_cut=is_cut)
         assign_tokens(part, text, spans)
         parts.append(part)
         position = part.end

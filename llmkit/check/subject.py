@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 SMALL = 20_000_000  # parameters up to which a live model is probed itself; larger ones by a shrunk copy of their class
+LONG = 1_000  # items of a list up to which what is inside of them is remembered as well
 VOCABULARY = 256  # ids of a shrunk model, unless real rows must fit
 
 
@@ -58,6 +59,10 @@ class Trace:
     checkpoints: dict[int, Path] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)  # its state_dict at the end
+    first_weights: dict[str, Tensor] = field(default_factory=dict)  # before the first step, after a resume's loading
+    first_optimizer: dict[str, Any] = field(default_factory=dict)
+    gradients: dict[str, float] = field(default_factory=dict)  # the largest |gradient| of each parameter over the steps
+    norms: list[tuple[float, float]] = field(default_factory=list)  # of all gradients, before and after clipping
 
 
 class Training(Protocol):
@@ -121,6 +126,7 @@ class Subject:
     trust_remote_code: bool = False
     make_model: Callable[[Any], nn.Module] | None = None  # config -> a model of the same class, freshly drawn
     failure: str | None = None  # what the trainer's own constructor raised, where it did
+    memory: dict[str, Any] = field(default_factory=dict, repr=False)  # what several checks share, by name
     _shrunk: dict[bool, nn.Module] = field(default_factory=dict, repr=False)
     _cache: dict[str, Any] = field(default_factory=dict, repr=False)  # what several checks of a family look at
 
@@ -215,7 +221,8 @@ def _contents(value: Any) -> Callable[[], None]:
 
         return restore
     if isinstance(value, (list, deque)):
-        copied, inner = list(value), [_contents(v) for v in value]
+        copied = list(value)
+        inner = [_contents(v) for v in value] if len(value) <= LONG else []  # rows of a data set, not a trainer's state
 
         def restore() -> None:
             if len(copied) != len(value) or any(a is not b for a, b in zip(copied, value, strict=True)):
@@ -226,6 +233,16 @@ def _contents(value: Any) -> Callable[[], None]:
 
         return restore
     return lambda: None
+
+
+@contextlib.contextmanager
+def contents_restored(container: Any) -> Iterator[None]:
+    """Afterwards a dict or list holds the same objects as before, and so do the containers in it."""
+    restore = _contents(container)
+    try:
+        yield
+    finally:
+        restore()
 
 
 @contextlib.contextmanager
