@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from .spans import ANSWERS, Marks, Part, decode, locate, parse, segments, template_marks, token_spans
+from .spans import ANSWERS, Marks, Part, decode, locate, parse, segments, special_texts, template_marks, token_spans
 from .subject import LabelledRow, NotApplicable, NotRun, Subject
 
 ROWS = 400  # looked at
@@ -155,6 +155,7 @@ class Audit:
     rows: list[AuditedRow]
     kind: str  # chat, completion, text, or unknown: raw form and markup are not known
     stops: set[int]
+    openers: set[int]  # control tokens at the start of a user's turn in the template
     masks_context: bool  # training is meant to teach answers only
     is_asked: bool  # ... and the settings say so
     is_packed: bool
@@ -210,10 +211,12 @@ def _audit(subject: Subject) -> Audit:
     cut_at = _cut_length([len(row.input_ids) for row in rows])
     stops = stop_ids(subject, marks)
     kind = _kind(audited)
-    for item in audited:
-        item.is_cut = not is_packed and _is_cut(item, stops, max_length, cut_at)
+    if not is_packed:
+        _mark_cut(audited, stops, max_length, cut_at)
     is_asked = bool(settings.get("assistant_only_loss")) or _completion_only(settings, kind)
-    audit = Audit(tokenizer, audited, kind, stops, is_asked, is_asked, is_packed, max_length, cut_at)
+    opening = tokenizer(marks.user_open, add_special_tokens=False)["input_ids"] if marks else []
+    openers = set(opening) & special_ids(tokenizer) - closing_ids(tokenizer, marks)
+    audit = Audit(tokenizer, audited, kind, stops, openers, is_asked, is_asked, is_packed, max_length, cut_at)
     audit.masks_context = is_asked or _seems_to_mask(audit)
     audit.broken, audit.dropped, audit.num_given = broken, dropped, num_given or len(rows) + len(broken)
     return audit
@@ -226,15 +229,20 @@ def stop_ids(subject: Subject, marks: Marks | None) -> set[int]:
     for holder in (tokenizer, generation, getattr(subject.model, "config", None) or subject.config):
         value = getattr(holder, "eos_token_id", None)
         found += value if isinstance(value, (list, tuple)) else [value]
-    if marks and marks.assistant_close:
-        ids = tokenizer(marks.assistant_close, add_special_tokens=False)["input_ids"]
-        found += [i for i in ids if i in special_ids(tokenizer)][:1]
-    return {int(i) for i in found if i is not None}
+    return {int(i) for i in found if i is not None} | closing_ids(tokenizer, marks)
+
+
+def closing_ids(tokenizer: Any, marks: Marks | None) -> set[int]:
+    """Control tokens behind an answer in the tokenizer's template."""
+    found = set()
+    for close in marks.assistant_closes if marks else ():
+        ids = tokenizer(close, add_special_tokens=False)["input_ids"]
+        found |= set([i for i in ids if i in special_ids(tokenizer)][:1])
+    return found
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return set(tokenizer.all_special_ids) | {i for i, token in added.items() if getattr(token, "special", True)}
+    return {tokenizer.convert_tokens_to_ids(text) for text in special_texts(tokenizer)}
 
 
 def _shifted_back(row: LabelledRow) -> LabelledRow:
@@ -325,18 +333,31 @@ def _cut_length(lengths: list[int]) -> int | None:
     return max(lengths) if number >= max(3, 0.02 * len(lengths)) else None
 
 
-def _is_cut(item: AuditedRow, stops: set[int], max_length: int | None, cut_at: int | None) -> bool:
-    ids = item.row.input_ids
-    is_full = len(ids) in (max_length, cut_at)
-    if item.contents and item.contents[-1][0] != "text":
+def _mark_cut(rows: list[AuditedRow], stops: set[int], max_length: int | None, cut_at: int | None) -> None:
+    """Rows that lost their end: the last content breaks off, or a row of the greatest length has no stop token.
+
+    Where the greatest length is not a setting, a missing stop token says something only if other rows have one.
+    """
+    whole = [item for item in rows if len(item.row.input_ids) not in (max_length, cut_at)]
+    ends = sum(bool(stops & set(_behind(item))) for item in whole) * 2 >= len(whole)
+    limits = {max_length, cut_at if ends else None} - {None}
+    for item in rows:
+        is_full = len(item.row.input_ids) in limits
+        has_stop = bool(stops & set(_behind(item)))
         last = item.parts[-1] if item.parts else None
-        is_whole = last is not None and not last.is_cut and last.number == len(item.contents) - 1
-        if is_whole:
-            return is_full and not stops & set(ids[last.after :])
-        return (last is not None and last.is_cut) or is_full
+        if item.contents and item.contents[-1][0] != "text":
+            is_found = last is not None and last.number == len(item.contents) - 1
+            breaks_off = is_found and last is not None and last.is_cut
+            item.is_cut = breaks_off or (is_full and not (is_found and has_stop))
+        else:
+            item.is_cut = is_full and not has_stop
+
+
+def _behind(item: AuditedRow) -> list[int]:
+    """The ids behind a row's last content, or its last three."""
     if item.parts:
-        return is_full and (item.parts[-1].is_cut or not stops & set(ids[item.parts[-1].after :]))
-    return is_full and not stops & set(ids[-3:])
+        return [] if item.parts[-1].is_cut else item.row.input_ids[item.parts[-1].after :]
+    return item.row.input_ids[-3:]
 
 
 def _dropped(subject: Subject) -> tuple[list[int], int]:

@@ -12,6 +12,7 @@ import collections
 import contextlib
 import copy
 import functools
+import inspect
 import itertools
 import math
 import random
@@ -24,7 +25,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .subject import LabelledRow, NotApplicable, NotRun, Step, Trace, attributes_restored, contents_restored
+from .subject import (
+    LabelledRow,
+    NotApplicable,
+    NotRun,
+    Schedule,
+    Step,
+    Trace,
+    attributes_restored,
+    contents_restored,
+)
 
 RAW_COLUMNS = ("messages", "prompt", "completion", "text", "chosen", "rejected", "conversations")
 LOOKED_AT = 256  # rows among which batches choose short or ragged ones
@@ -189,14 +199,31 @@ class HFTraining:
         optimizer, rates = self.make_optimizer(model), []
         with self.unchanged(), optimizer_restored(optimizer):
             self.trainer.model = model
-            total = num_steps or self.num_steps()
-            self.trainer.args.max_steps = total
+            if num_steps:
+                self.trainer.args.max_steps = num_steps
+            total = self.num_steps()
             scheduler = self.make_scheduler(optimizer, total)
+            if any(group["lr"] is None for group in optimizer.param_groups):
+                raise NotApplicable("the optimiser sets its rates itself")
+            if not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler) or _follows_metric(scheduler):
+                raise NotApplicable(f"{type(scheduler).__name__} follows the evaluations")
             for _ in range(total):
                 rates.append(max(group["lr"] for group in optimizer.param_groups))
                 optimizer._opt_called = True  # type: ignore[attr-defined]  # nothing is stepped, which it would warn of
                 scheduler.step()
         return rates
+
+    def schedule_of(self, model: nn.Module) -> Schedule:
+        optimizer, args = self.make_optimizer(model), self.trainer.args
+        rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        with self.unchanged(), optimizer_restored(optimizer):
+            self.trainer.model = model
+            scheduler = self.make_scheduler(optimizer, self.num_steps())
+            functions = [getattr(f, "func", f) for f in getattr(scheduler, "lr_lambdas", None) or [None]]
+        is_stock = all((getattr(f, "__module__", None) or "").startswith("transformers.") for f in functions)
+        name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+        is_cyclic = any(word in type(scheduler).__name__ for word in ("Cyclic", "Restarts"))
+        return Schedule(name if is_stock else None, max(rates) == args.learning_rate, is_cyclic)
 
     def run(
         self,
@@ -270,9 +297,8 @@ class HFTraining:
             trainer.lr_scheduler = None
 
     def evaluate(
-        self, model: nn.Module, batch_size: int, num_rows: int, batches: list[tuple[float, int]] | None = None
+        self, model: nn.Module, batch_size: int, num_rows: int, batches: list[tuple[float, int, int]] | None = None
     ) -> dict[str, float]:
-        """`batches` receives (loss, trained tokens) of every batch that went through `prediction_step`."""
         from transformers.trainer_callback import CallbackHandler
 
         self._need_one_process()
@@ -293,10 +319,11 @@ class HFTraining:
 
             def recorded(model: nn.Module, inputs: Any, *rest: Any, **kwargs: Any) -> Any:
                 labels = inputs.get("labels") if hasattr(inputs, "get") else None
-                tokens = int((labels[..., 1:] != -100).sum()) if isinstance(labels, Tensor) else 0
+                is_trained = labels != -100 if isinstance(labels, Tensor) else torch.zeros(0)
+                counts = int(is_trained[..., 1:].sum()), int(is_trained.sum())
                 output = predict(model, inputs, *rest, **kwargs)
                 if batches is not None and output[0] is not None:
-                    batches.append((float(output[0].mean()), tokens))
+                    batches.append((float(output[0].mean()), *counts))
                 return output
 
             trainer.prediction_step = recorded
@@ -432,6 +459,10 @@ def _some_rows(dataset: Any, num_rows: int | None, vocabulary: int) -> Any:
 
 def _length(row: Any) -> int:
     return len(row["input_ids"]) if isinstance(row, dict) and "input_ids" in row else 0
+
+
+def _follows_metric(scheduler: Any) -> bool:
+    return "metrics" in inspect.signature(scheduler.step).parameters
 
 
 def _owns(optimizer: Any, model: nn.Module) -> bool:

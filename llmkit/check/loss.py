@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .audit import stop_ids
-from .probe import Probe, fit_to_trainer, own_backward, ragged_batch, run_probe, takes_num_items
+from .probe import Probe, fit_to_trainer, own_backward, ragged_batch, run_probe, takes_num_items, without_cache
 from .rows import padding_of
 from .runner import Outcome, check, failed, passed, warned
 from .spans import decode, template_marks
@@ -41,6 +41,7 @@ def _make_probe(subject: Subject) -> Probe:
     batch = training.batches(1, NUM_ROWS, ragged=True)[0] if training is not None else None
     with subject.small_model(keep_vocabulary=batch is not None) as model:
         fit_to_trainer(subject, model)
+        without_cache(model)
         if batch is None:
             return run_probe(model, own_backward, ragged_batch(model, LENGTHS))
         return run_probe(model, training.backward, batch)
@@ -324,6 +325,7 @@ def accumulation_changes_gradient(subject: Subject) -> Outcome:
         given = [_sliced(given[0][0], size) for _, size in splits]
     with subject.small_model(keep_vocabulary=training is not None) as model:
         fit_to_trainer(subject, model)
+        without_cache(model)
         _without_balancing_loss(model, training)
         if training is None:
             if not takes_num_items(model):
@@ -354,6 +356,7 @@ def accumulation_changes_gradient(subject: Subject) -> Outcome:
         return passed(measured, limit)
     counts = [int((b["labels"][:, 1:] != -100).sum()) for b in given[-1]]
     cause = "nothing divides by the number of micro-batches" if ratios[1] > 3 else "micro-batches are averaged as wholes"
+    cause = "the loss is divided by their number twice" if ratios[1] < 0.3 else cause
     evidence = [{"note": f"tokens trained in the 8 micro-batches: {counts}; {cause}"}]
     if settings_steps(subject) == 1:
         return warned(f"{measured}; gradient_accumulation_steps is 1 now", limit, evidence)

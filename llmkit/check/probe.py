@@ -12,6 +12,7 @@ verdicts (`loss.py`).
 """
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,56 +43,86 @@ class Probe:
     is_distinct: Tensor  # the tokens 0, 1 and 2 ahead differ, so that they can be told apart
 
 
-def backbone_of(model: nn.Module) -> nn.Module:
-    """The part of a causal LM below its head. Raises NotRun."""
+@dataclass(frozen=True)
+class Tap:
+    """A place where the last hidden state passes: a backbone's output, or else the head's input."""
+
+    module: nn.Module
+    is_head: bool = False
+
+    @contextlib.contextmanager
+    def listening(self, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+        """`function` sees the hidden state at every forward, and may give another one in its place."""
+
+        def behind(module: nn.Module, args: Any, output: Any) -> Any:
+            new = function(output if isinstance(output, Tensor) else output[0])
+            if new is None or isinstance(output, Tensor):
+                return new
+            if isinstance(output, tuple):
+                return (new, *output[1:])
+            output[next(iter(output.keys()))] = new
+            return output
+
+        def before(module: nn.Module, args: Any) -> Any:
+            new = function(args[0])
+            return None if new is None else (new, *args[1:])
+
+        if self.is_head:
+            handle = self.module.register_forward_pre_hook(before)
+        else:
+            handle = self.module.register_forward_hook(behind)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def taps(model: nn.Module) -> list[Tap]:
+    """The outermost first: a fused head never calls lm_head, and some models call their decoder past their backbone."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    candidates = [getattr(base, "base_model", None)]
+    found: list[Any] = [getattr(base, "base_model", None)]
     with contextlib.suppress(Exception):
-        candidates.append(base.get_decoder())
-    candidates += [getattr(base, name, None) for name in ("model", "transformer", "backbone")]
-    found = next((c for c in candidates if isinstance(c, nn.Module) and c is not base), None)
-    if found is None:
-        raise NotRun("the model has no part below its head that could be listened to")
-    return found
-
-
-def _hidden(output: Any) -> Any:
-    return output if isinstance(output, Tensor) else output[0]
-
-
-@contextlib.contextmanager
-def _hooked(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    handle = module.register_forward_hook(function)
-    try:
-        yield
-    finally:
-        handle.remove()
+        found.append(base.get_decoder())
+    found += [getattr(base, name, None) for name in ("model", "transformer", "backbone")]
+    found += [getattr(module, "decoder", None) for module in found]
+    modules = {id(m): m for m in found if isinstance(m, nn.Module) and m is not base}
+    result = [Tap(module) for module in modules.values()]
+    with contextlib.suppress(Exception):
+        head = base.get_output_embeddings()
+        result += [Tap(head, is_head=True)] if isinstance(head, nn.Module) else []
+    return result
 
 
 def run_probe(model: nn.Module, backward: Backward, batch: dict[str, Any]) -> Probe:
     """Raises NotRun where the loss cannot be read that way. `model` is in eval mode afterwards."""
-    backbone, seen = backbone_of(model), []
+    places = taps(model)
+    seen: list[list[Tensor]] = [[] for _ in places]
 
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        hidden = _hidden(output)
-        if hidden.requires_grad:
+    def keep(hidden: Any, into: list[Tensor]) -> None:
+        if isinstance(hidden, Tensor) and hidden.requires_grad:
             hidden.retain_grad()
-            seen.append(hidden)
+            into.append(hidden)
 
-    with without_dropout(model), _hooked(backbone, keep):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(without_dropout(model))
+        for place, into in zip(places, seen, strict=True):
+            stack.enter_context(place.listening(functools.partial(keep, into=into)))
         backward(model, [batch])
     model.zero_grad(set_to_none=True)
-    used = [hidden for hidden in seen if hidden.grad is not None]
-    if not used:
+    used = [(place, [h for h in into if h.grad is not None]) for place, into in zip(places, seen, strict=True)]
+    tap, states = next(((place, states) for place, states in used if states), (None, []))
+    if tap is None:
         raise NotRun("the loss leaves no gradient at the output of the model's backbone")
-    if len(used) > 1:
-        raise NotRun(f"the loss runs the model {len(used)} times: one gradient cannot be told from the other")
-    ids = batch["input_ids"].to(used[0].device)
-    extra = used[0].shape[1] - ids.shape[1]  # virtual tokens of prompt tuning come first
-    if used[0].shape[0] != ids.shape[0] or extra < 0:
-        raise NotRun(f"hidden states of shape {tuple(used[0].shape)} for ids of shape {tuple(ids.shape)}")
-    targets = _gradients(model, backbone, used[0].detach(), batch, ids)
-    gradient = used[0].grad[:, extra:].float()  # (B, T, D)
+    if len(states) > 1:
+        raise NotRun(f"the loss runs the model {len(states)} times: one gradient cannot be told from the other")
+    hidden = states[0]
+    assert hidden.grad is not None
+    ids = batch["input_ids"].to(hidden.device)
+    extra = hidden.shape[1] - ids.shape[1] if hidden.ndim == 3 else -1  # virtual tokens of prompt tuning come first
+    if hidden.shape[0] != ids.shape[0] or extra < 0:
+        raise NotRun(f"hidden states of shape {tuple(hidden.shape)} for ids of shape {tuple(ids.shape)}")
+    targets = _gradients(model, tap, hidden.detach(), batch, ids)
+    gradient = hidden.grad[:, extra:].float()  # (B, T, D)
     size = gradient.norm(dim=-1)
     target_sizes = targets.norm(dim=-1).clamp(min=1e-30)
     dots = (gradient * targets).sum(-1)  # (3, B, T)
@@ -109,25 +140,14 @@ def run_probe(model: nn.Module, backward: Backward, batch: dict[str, Any]) -> Pr
     )
 
 
-def _gradients(
-    model: nn.Module, backbone: nn.Module, hidden: Tensor, batch: dict[str, Any], ids: Tensor
-) -> Tensor:
+def _gradients(model: nn.Module, tap: Tap, hidden: Tensor, batch: dict[str, Any], ids: Tensor) -> Tensor:
     """(3, B, T, D): gradient of cross-entropy to the tokens 0, 1, 2 ahead at `hidden`, through the model's own head."""
     leaf = hidden.clone().requires_grad_()
-
-    def replace(module: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return leaf
-        if isinstance(output, tuple):
-            return (leaf, *output[1:])
-        output[next(iter(output.keys()))] = leaf
-        return output
-
     inputs = {"input_ids": ids}
     if isinstance(batch.get("attention_mask"), Tensor):
         inputs["attention_mask"] = batch["attention_mask"].to(ids.device)
     model.eval()
-    with _hooked(backbone, replace):
+    with tap.listening(lambda _: leaf):
         output = model(**inputs)
     logits = (output.logits if hasattr(output, "logits") else output[0])[:, -ids.shape[1] :]
     found = []
@@ -136,6 +156,12 @@ def _gradients(
         loss = F.cross_entropy(logits[:, :end].flatten(0, 1).float(), ids[:, shift:].flatten(), reduction="sum")
         found.append(torch.autograd.grad(loss, leaf, retain_graph=True)[0][:, -ids.shape[1] :].float())
     return torch.stack(found)
+
+
+def without_cache(model: Any) -> None:
+    """As a Trainer runs it. Undone by `small_model`."""
+    for config in (model.config, model.config.get_text_config()):
+        config.use_cache = False
 
 
 def expected_positions(batch: dict[str, Any]) -> Tensor:

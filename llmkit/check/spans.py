@@ -91,21 +91,35 @@ def segments(tokenizer: Any, roles: Sequence[str]) -> list[str] | None:
 
 @dataclass(frozen=True)
 class Marks:
-    """What encloses contents in the tokenizer's template; `assistant_close` is empty where nothing does."""
+    """What encloses contents in the tokenizer's template."""
 
     user_open: str
     assistant_open: str  # with the end of the user's turn
-    assistant_close: str
+    assistant_closes: tuple[str, ...]  # special tokens behind an answer, between turns and at the end; may be none
 
 
 def template_marks(tokenizer: Any) -> Marks | None:
     found = segments(tokenizer, ("user", "assistant", "user", "assistant"))
     if found is None:
         return None
-    opens = _common_suffix(found[1], found[3])
-    close = os.path.commonprefix([found[2], found[4]]).strip()
-    user_open = _common_suffix(found[0], found[2]).lstrip()
-    return Marks(user_open, opens, close) if opens.strip() else None
+    assistant_open = _common_suffix(found[1], found[3])
+    user_open = _common_suffix(found[0], found[2])
+    specials = special_texts(tokenizer)
+    closes = []
+    for tail in (found[2].removesuffix(user_open), found[4]):
+        places = [(tail.find(text), text) for text in specials if text in tail]
+        closes += [min(places)[1]] if places else []
+    closes = closes or [c for c in [os.path.commonprefix([found[2], found[4]]).strip()] if c]
+    if not assistant_open.strip():
+        return None
+    return Marks(user_open.lstrip(), assistant_open, tuple(dict.fromkeys(closes)))
+
+
+def special_texts(tokenizer: Any) -> list[str]:
+    """Tokens that no text of a user encodes to: control tokens."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    texts = {str(token) for token in added.values() if getattr(token, "special", True)}
+    return sorted(texts | set(tokenizer.all_special_tokens))
 
 
 def _common_suffix(a: str, b: str) -> str:
@@ -214,8 +228,8 @@ def parse(text: str, spans: list[tuple[int, int]], marks: Marks) -> list[Part]:
             part = Part("user", start, end if end >= 0 else len(text), is_cut=end < 0)
         else:
             start = answer + len(marks.assistant_open)
-            stop = marks.assistant_close or marks.user_open
-            end = text.find(stop, start) if stop.strip() else -1
+            stops = marks.assistant_closes or ((marks.user_open,) if marks.user_open.strip() else ())
+            end = min((place for stop in stops if (place := text.find(stop, start)) >= 0), default=-1)
             part = Part("assistant", start, end if end >= 0 else len(text), is_cut=end < 0)
         assign_tokens(part, text, spans)
         parts.append(part)

@@ -65,6 +65,15 @@ class Trace:
     norms: list[tuple[float, float]] = field(default_factory=list)  # of all gradients, before and after clipping
 
 
+@dataclass
+class Schedule:
+    """What kind of schedule a trainer follows."""
+
+    kind: str | None  # of transformers' lr_scheduler_type; None: the user's own
+    has_planned_peak: bool  # the optimiser was made with the `learning_rate` of the settings
+    is_cyclic: bool  # a scheduler class that restarts
+
+
 class Training(Protocol):
     """A trainer, ours or anyone's, as the checks use it. `model` is always the one to work on: live or shrunk."""
 
@@ -82,8 +91,8 @@ class Training(Protocol):
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer: ...
 
-    def learning_rates(self, model: nn.Module) -> list[float]:
-        """The rate of every planned optimiser step."""
+    def learning_rates(self, model: nn.Module, num_steps: int | None = None) -> list[float]:
+        """The rate of every planned optimiser step, or of a run of so many steps."""
         ...
 
     def run(
@@ -94,11 +103,19 @@ class Training(Protocol):
         stop_at: int | None = None,
         resume_from: Path | None = None,
         num_rows: int | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> Trace:
-        """Trains for real: `num_steps` is the horizon, `stop_at` saves and ends there, `num_rows` cuts the data set."""
+        """Trains for real: `num_steps` is the horizon, `stop_at` saves and ends there, `num_rows` cuts the data set.
+
+        `settings` that are to be others than the trainer's, for this run.
+        """
         ...
 
-    def evaluate(self, model: nn.Module, batch_size: int, num_rows: int) -> dict[str, float]: ...
+    def evaluate(
+        self, model: nn.Module, batch_size: int, num_rows: int, batches: list[tuple[float, int, int]] | None = None
+    ) -> dict[str, float]:
+        """The metrics; `batches` receives (loss, targets, labels) of each batch, first labels being no targets."""
+        ...
 
     def unchanged(self) -> contextlib.AbstractContextManager[None]:
         """Restores whatever of the trainer was touched inside."""

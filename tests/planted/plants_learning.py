@@ -1,0 +1,123 @@
+"""Bugs that keep a model from learning, and from saying what it learned."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import bpe_tokenizer, llama
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+from llmkit.check.attach import from_parts
+from llmkit.check.subject import Subject
+from planted.plant import plant
+
+
+@plant("embeddings-n01-tied", caught_by="initial-loss", bug="M10", evidence="embed_tokens")
+def embeddings_n01_tied(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """Embeddings are drawn N(0, 1) under a tied head."""
+    model = llama(tie_word_embeddings=True)
+    if is_planted:
+        nn.init.normal_(model.model.embed_tokens.weight)
+    return from_parts(model=model, scratch=True)
+
+
+@plant("router-softmax-twice", caught_by="moe-balance-void", bug="M11", evidence="auxiliary loss")
+def router_softmax_twice(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The balancing loss takes a softmax of probabilities."""
+    from transformers.models.mixtral import modeling_mixtral
+
+    if is_planted:
+        loss = modeling_mixtral.load_balancing_loss_func
+        patch.setattr(
+            modeling_mixtral,
+            "load_balancing_loss_func",
+            lambda logits, *a, **k: loss(tuple(x.softmax(-1) for x in logits), *a, **k),
+        )
+    return from_parts(model=mixtral())
+
+
+@plant("balancing-loss-not-added", caught_by="moe-balance-void", bug="M11", evidence="router_aux_loss_coef")
+def balancing_loss_not_added(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The balancing loss is computed and never enters the loss."""
+    model = mixtral()
+    if is_planted:
+        model.router_aux_loss_coef = 0.0  # the config still promises 0.1
+    return from_parts(model=model)
+
+
+def mixtral():
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "mixtral", vocab_size=200, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, router_aux_loss_coef=0.1,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config)
+
+
+@plant("targets-of-other-rows", caught_by="does-not-overfit", bug="L1", evidence="learning rates")
+def targets_of_other_rows(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """Every step the loss pairs rows with the targets of others."""
+
+    class Shuffled(LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            if labels is not None:
+                labels = labels[torch.randperm(len(labels))]
+            return super().forward(input_ids=input_ids, labels=labels, **kwargs)
+
+    return from_parts(model=(Shuffled if is_planted else LlamaForCausalLM)(llama().config))
+
+
+@plant("loss-predicts-itself", caught_by="does-not-overfit", bug="L2", evidence="0% of the trained tokens")
+def loss_predicts_itself(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The model's own loss has no shift: what it learns is useless for writing."""
+
+    class NoShift(LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            out = super().forward(input_ids=input_ids, **kwargs)
+            if labels is not None:
+                out.loss = nn.functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten())
+            return out
+
+    return from_parts(model=(NoShift if is_planted else LlamaForCausalLM)(llama().config))
+
+
+@plant("generate-never-stops", caught_by="does-not-overfit", bug="C9", evidence="does not stop")
+def generate_never_stops(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The EOS that was learned is not among the stop tokens of generate."""
+    if is_planted:
+        generate = LlamaForCausalLM.generate
+        patch.setattr(
+            LlamaForCausalLM,
+            "generate",
+            lambda self, *a, **k: generate(
+                self, *a, **{n: v for n, v in k.items() if n != "eos_token_id"}, eos_token_id=7
+            ),
+        )
+    return from_parts(model=llama())
+
+
+@plant("unseeded-noise", caught_by="same-seed-differs", bug="R2", evidence="losses")
+def unseeded_noise(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """Noise on the embedding comes from a generator of its own."""
+    model = llama()
+    if is_planted:
+        generator = torch.Generator()
+        generator.seed()
+
+        def noise(module, args, out):
+            return out + torch.randn(out.shape, generator=generator) * 0.1
+
+        model.model.embed_tokens.register_forward_hook(noise)
+    return from_parts(model=model)
+
+
+@plant("decode-is-empty", caught_by="sample-does-not-decode", bug="T5", evidence="sampled ids")
+def decode_is_empty(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The tokenizer's decoder drops everything."""
+    tokenizer = bpe_tokenizer()
+    if is_planted:
+        from tokenizers import decoders
+
+        tokenizer.backend_tokenizer.decoder = decoders.Replace(__import__("tokenizers").Regex("."), "")
+    return from_parts(model=llama(vocab_size=len(tokenizer)), tokenizer=tokenizer)
