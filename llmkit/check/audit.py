@@ -97,9 +97,15 @@ def _tokenized(subject: Subject, raw: dict[str, Any], template: str | None) -> t
         labels = raw.get("labels") or ids
         return ids, [label != -100 for label in labels]
     tools = json.loads(raw["tools"]) if isinstance(raw.get("tools"), str) else raw.get("tools")
-    options = {"tools": tools, "chat_template": template, "return_dict": True, **(raw.get("chat_template_kwargs") or {})}
+    options = {
+        "tools": tools,
+        "chat_template": template,
+        "return_dict": True,
+        **(raw.get("chat_template_kwargs") or {}),
+    }
     only_answers = bool(settings.get("assistant_only_loss"))
-    prompt, completion = raw.get("prompt"), raw.get("completion")
+    prompt: Any = raw.get("prompt")
+    completion: Any = raw.get("completion")
     prompt_ids: list[int] | None = None
     if isinstance(prompt, list):
         prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)["input_ids"]
@@ -224,7 +230,8 @@ def _audit(subject: Subject) -> Audit:
 
 def stop_ids(subject: Subject, marks: Marks | None) -> set[int]:
     """Ids that end generation, or a turn in the tokenizer's template."""
-    tokenizer, found = subject.tokenizer, []
+    tokenizer = subject.tokenizer
+    found: list[Any] = []
     generation = getattr(subject.model, "generation_config", None)
     for holder in (tokenizer, generation, getattr(subject.model, "config", None) or subject.config):
         value = getattr(holder, "eos_token_id", None)
@@ -234,7 +241,7 @@ def stop_ids(subject: Subject, marks: Marks | None) -> set[int]:
 
 def closing_ids(tokenizer: Any, marks: Marks | None) -> set[int]:
     """Control tokens behind an answer in the tokenizer's template."""
-    found = set()
+    found: set[int] = set()
     for close in marks.assistant_closes if marks else ():
         ids = tokenizer(close, add_special_tokens=False)["input_ids"]
         found |= set([i for i in ids if i in special_ids(tokenizer)][:1])
@@ -271,10 +278,17 @@ def _located(subject: Subject, row: LabelledRow, marks: Marks | None, is_packed:
         opaque = [spans[k] for k, i in enumerate(ids) if i in special]
         anchors = None if contents[0][0] == "prompt" else _anchors(subject, tuple(role for role, _ in contents))
         parts = locate(text, spans, contents, anchors, opaque)
+        if not any(part.is_answer for part in parts):  # a tokenizer may lower-case, or lose white space
+            shown = [(role, _round_trip(tokenizer, content)) for role, content in contents]
+            parts = locate(text, spans, shown, [_round_trip(tokenizer, a) for a in anchors or []] or None, opaque)
     elif marks:
         parts = parse(text, spans, marks)
     trained = [label != -100 for label in row.labels]
     return AuditedRow(row, trained, text, parts, contents)
+
+
+def _round_trip(tokenizer: Any, text: str) -> str:
+    return decode(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _anchors(subject: Subject, roles: tuple[str, ...]) -> list[str] | None:
@@ -293,7 +307,7 @@ def _without_end(text: str, eos: str) -> str:
 
 def _kind(rows: list[AuditedRow]) -> str:
     """What most rows are."""
-    kinds = Counter()
+    kinds: Counter[str] = Counter()
     for item in rows:
         role = item.contents[0][0] if item.contents else ""
         if role == "prompt":

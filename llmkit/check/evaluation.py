@@ -146,7 +146,7 @@ def eval_depends_on_batch_size(subject: Subject) -> Outcome:
     Example: padding counted in the loss; a mean over batches of unlike numbers of tokens.
     Detected: the first rows in batches of 1, 4 and 8: the loss per trained token, summed over the trainer's own
         batches, and the loss that it reports.
-    Tolerance: 1e-4 of the loss per token. The reported one: 1e-2, a warning.
+    Tolerance: 1e-4 of the loss per token. The reported one: 5e-2, a warning.
     Spares: a Trainer that divides by labels, the first of each row included (older transformers, some models still).
         transformers' Trainer averages the batches' means weighted by rows, so that what it reports depends on the batch
         size wherever rows are unlike: a warning at most, with the size of it.
@@ -157,7 +157,7 @@ def eval_depends_on_batch_size(subject: Subject) -> Outcome:
     spread = min(_spread(list(losses.values())) for losses in (found.losses, found.losses_by_label))
     name = found.reported
     reported = [m[name] for m in found.metrics.values() if name in m] if name else []
-    limit = "1e-4 per token, 1e-2 as reported"
+    limit = "1e-4 per token, 5e-2 as reported"
     evidence = [{"note": f"batches of {size}: {loss:.5f} per token"} for size, loss in found.losses.items()]
     evidence += [{"note": f"batches of {s}: {name} {m[name]:.5f}"} for s, m in found.metrics.items() if name in m]
     if len(found.losses) == len(SIZES) and spread > 1e-4:
@@ -167,7 +167,7 @@ def eval_depends_on_batch_size(subject: Subject) -> Outcome:
     off = _spread(reported)
     if not found.losses and off > 1e-3:
         return failed(f"{name} differs by {off:.1%} between batches of 1, 4 and 8", limit, evidence)
-    if off > 1e-2:
+    if off > 5e-2:
         why = "the trainer averages the means of batches, so longer rows weigh less"
         return warned(f"{name} differs by {off:.1%} between batches of 1, 4 and 8: {why}", limit, evidence)
     return passed(f"per token within {spread:.1e}, {name} within {off:.1e} for batches of 1, 4 and 8", limit)

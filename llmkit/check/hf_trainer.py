@@ -98,6 +98,14 @@ class HFTraining:
         is_indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
         return not module.startswith(("transformers.", "trl.")) or not is_indexed
 
+    @property
+    def has_stock_checkpoints(self) -> bool:
+        """Nobody overrode how checkpoints are written and read."""
+        names = ("_save_checkpoint", "save_model", "_save", "_load_from_checkpoint", "train")
+        return not any(n in vars(self.trainer) for n in names) and all(
+            getattr(type(self.trainer), n).__module__.startswith(("transformers.", "trl.")) for n in names
+        )
+
     def labelled_rows(self, count: int) -> list[LabelledRow]:
         if self.has_own_loader:
             return self._rows_of_loader(count)

@@ -69,13 +69,17 @@ def no_token_trained(subject: Subject) -> Outcome:
         if not audit.dropped:
             raise NotApplicable("no rows")
         evidence += [{"row": index, "note": "dropped: nothing to train"} for index in audit.dropped]
-        return failed(f"all {audit.num_given} rows train nothing, and the trainer dropped them", "0.5%", evidence[:SHOWN])
+        return failed(
+            f"all {audit.num_given} rows train nothing, and the trainer dropped them", "0.5%", evidence[:SHOWN]
+        )
     blank = [
         item
         for item in audit.rows
         if not any(item.is_trained[1:]) and not item.is_cut and not _is_known_empty(item) and len(item.row.labels) > 1
     ]
-    evidence = [audit.show(item, 0, 24, "all labels are -100") for item in blank] + evidence
+    if not any(any(item.is_trained[1:]) for item in audit.rows):  # for whatever reason
+        blank = audit.rows
+    evidence = [audit.show(item, 0, 24, "all labels are -100") for item in blank[:SHOWN]] + evidence
     if subject.failure:
         evidence.append({"note": subject.failure})
     total = len(audit.rows) + len(audit.broken)
@@ -164,7 +168,8 @@ def answer_not_trained(subject: Subject) -> Outcome:
         if masked:
             note = f"{len(masked)} tokens of the answer are masked"
             evidence.append(audit.show(item, masked[0] - BESIDE, masked[0] + BESIDE, note))
-        merged += any(part.joins and not item.is_trained[part.joins[0]] for part in answers if part.joins[:1] < part.tokens)
+        starts = [part.joins[0] for part in answers if part.joins and part.joins[0] < part.tokens[0]]
+        merged += any(not item.is_trained[t] for t in starts)
         early += not all(trained[:-1])
     measured = f"{len(evidence)} of {len(rows)} rows mask part of an answer"
     if evidence:
@@ -173,7 +178,9 @@ def answer_not_trained(subject: Subject) -> Outcome:
         measured = f"in {merged} of {len(rows)} rows the answer's first token is masked, as it merges with the prompt"
         return warned(measured, "0.5% of rows", fix="end the prompt at a token boundary (no trailing space)")
     if early > FEW * len(rows) and subject.settings.get("assistant_only_loss"):
-        return warned(f"{early} of {len(rows)} rows train the last turn only, under assistant_only_loss", "0.5% of rows")
+        return warned(
+            f"{early} of {len(rows)} rows train the last turn only, under assistant_only_loss", "0.5% of rows"
+        )
     return passed(measured, "0.5% of rows")
 
 
@@ -259,10 +266,11 @@ def _ends_earlier(audit: Audit, item: AuditedRow) -> bool:
 
 
 def _ends_of_rows(subject: Subject, audit: Audit) -> list[tuple[AuditedRow, str, int]]:
-    """Likewise for rows whose answers cannot be told: by the last token of each. Raises NotApplicable for pretraining."""
+    """Likewise for rows whose answers cannot be told, by their last tokens. Raises NotApplicable for pretraining."""
     rows = [item for item in audit.rows if not item.is_cut and any(item.is_trained[1:])]
     teaches_answers = audit.masks_context or subject.is_chat or "completion_only_loss" in subject.settings
-    if audit.is_packed or (len(rows) > 1 and len({len(item.row.input_ids) for item in rows}) == 1):
+    is_even = len(rows) > 1 and len({len(item.row.input_ids) for item in rows}) == 1
+    if audit.is_packed or (is_even and not audit.masks_context):
         raise NotApplicable("rows of one length: packed text has no answers that end")
     places = []
     for item in rows:

@@ -203,7 +203,7 @@ def resize_corrupts(subject: Subject) -> Outcome:
             raise NotApplicable(f"the model cannot be resized ({type(error).__name__})") from None
         new = inner.get_input_embeddings().weight
         head = inner.get_output_embeddings()
-        bad = []
+        bad: list[dict[str, Any]] = []
         if len(new) != count + 8:
             bad.append({"note": f"{len(new)} rows after a resize to {count + 8}"})
         elif not torch.equal(new[:count], rows):

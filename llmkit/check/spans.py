@@ -9,7 +9,6 @@ and tokenised them: TRL, a template, or the user's own format string.
 Leaves out labels (`audit.py`).
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,8 @@ ANSWERS = ("assistant", "completion")  # what instruction tuning teaches; every 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what half a character decodes to
 SENTINELS = [f"Qzk{letter}jx" for letter in "abcdefghijklmnopqrstuvwxyz"]  # no template changes or contains these
 ANCHOR = 24  # characters of markup before a content that fix its place
-HEAD = 16  # characters by which the beginning of a cut content is known
+LONG = 16  # characters of a content that is not found in the markup by chance
+BEGINNING = 8  # ... of one that breaks off
 
 
 @dataclass
@@ -109,7 +109,7 @@ def template_marks(tokenizer: Any) -> Marks | None:
     for tail in (found[2].removesuffix(user_open), found[4]):
         places = [(tail.find(text), text) for text in specials if text in tail]
         closes += [min(places)[1]] if places else []
-    closes = closes or [c for c in [os.path.commonprefix([found[2], found[4]]).strip()] if c]
+    closes = closes or [c for c in [_common_suffix(found[2][::-1], found[4][::-1])[::-1].strip()] if c]
     if not assistant_open.strip():
         return None
     return Marks(user_open.lstrip(), assistant_open, tuple(dict.fromkeys(closes)))
@@ -123,7 +123,10 @@ def special_texts(tokenizer: Any) -> list[str]:
 
 
 def _common_suffix(a: str, b: str) -> str:
-    return os.path.commonprefix([a[::-1], b[::-1]])[::-1]
+    length = 0
+    while length < min(len(a), len(b)) and a[-1 - length] == b[-1 - length]:
+        length += 1
+    return a[len(a) - length :]
 
 
 # contents in a row
@@ -146,10 +149,10 @@ def locate(
     for k, (role, content) in enumerate(contents):
         forms = [form for form in dict.fromkeys((content, content.strip())) if form]
         anchor = anchors[k][-ANCHOR:] if anchors else ""
-        place = _anchored(text, forms, anchor, position) or _adjacent(text, forms, position if parts else None)
+        place = _anchored(text, forms, anchor, position) or _adjacent(text, forms, position)
         if place is None:
             following = contents[k + 1][1].strip() if k + 1 < len(contents) else ""
-            limit = text.find(following, position) if len(following) >= HEAD else -1
+            limit = text.find(following, position) if len(following) >= LONG else -1
             place = _searched(text, forms, position, limit if limit >= 0 else len(text), opaque, role in ANSWERS)
         is_cut = place is None
         if place is None:
@@ -171,19 +174,15 @@ def _anchored(text: str, forms: list[str], anchor: str, position: int) -> tuple[
     return None
 
 
-def _adjacent(text: str, forms: list[str], position: int | None) -> tuple[int, int] | None:
-    if position is not None:
-        for form in forms:
-            if text.startswith(form, position):
-                return position, position + len(form)
-    return None
+def _adjacent(text: str, forms: list[str], position: int) -> tuple[int, int] | None:
+    return next(((position, position + len(form)) for form in forms if text.startswith(form, position)), None)
 
 
 def _searched(
     text: str, forms: list[str], low: int, high: int, opaque: list[tuple[int, int]], is_answer: bool
 ) -> tuple[int, int] | None:
     for form in forms:
-        places = []
+        places: list[tuple[int, int]] = []
         start = text.find(form, low, high)
         while start >= 0 and len(places) < 1000:
             end = start + len(form)
@@ -191,7 +190,7 @@ def _searched(
             breaks_word = (start > 0 and text[start - 1].isalnum() and form[0].isalnum()) or (
                 end < len(text) and text[end].isalnum() and form[-1].isalnum()
             )
-            if not is_inside and not breaks_word:
+            if not is_inside and (not breaks_word or len(form) >= LONG):
                 places.append((start, end))
             start = text.find(form, start + 1, high)
         if places:
@@ -204,12 +203,13 @@ def _cut(text: str, forms: list[str], anchor: str, position: int) -> tuple[int, 
     whole = text.rstrip(REPLACEMENT)
     for form in forms:
         if anchor:
-            start = text.find(anchor, max(position - len(anchor), 0))
-            start = start + len(anchor) if start >= 0 else -1
+            found = text.find(anchor, max(position - len(anchor), 0))
+            starts = range(found + len(anchor), len(whole))[:1] if found >= 0 else range(0)
         else:
-            start = text.find(form[:HEAD], position)
-        if 0 <= start < len(whole) and form.startswith(whole[start:]):
-            return start, len(text)
+            starts = range(max(position, len(whole) - len(form)), len(whole) - BEGINNING)
+        for start in starts:
+            if form.startswith(whole[start:]):
+                return start, len(text)
     return None
 
 

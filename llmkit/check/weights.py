@@ -290,7 +290,8 @@ def rows_differ_from_reference(subject: Subject) -> Outcome:
     if subject.reference is None:
         raise NotApplicable("no reference given")
     reference = Stored(subject.reference)
-    bad, compared = [], 0
+    compared = 0
+    bad: list[dict[str, Any]] = []
     for kind in (EMBEDDINGS, HEADS):
         mine, theirs = stored.find(*kind), reference.find(*kind)
         if mine is None or theirs is None:
@@ -316,7 +317,7 @@ def rows_differ_from_reference(subject: Subject) -> Outcome:
     return passed(f"{compared} rows are those of the reference", "0 rows")
 
 
-def _name(subject: Subject, token_id: int) -> dict[str, str]:
+def _name(subject: Subject, token_id: int) -> dict[str, Any]:
     if subject.tokenizer is None or token_id >= len(subject.tokenizer):
         return {}
     return {"text": subject.tokenizer.decode([token_id])}

@@ -162,17 +162,13 @@ def first_answer_token_dropped(is_planted: bool, patch: pytest.MonkeyPatch, fold
 @plant("mean-over-all-positions", caught_by="token-weights", bug="L4")
 def mean_over_all_positions(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
     """The denominator counts masked positions."""
-    return with_own_loss(
-        lambda x, b, n: cross_entropy(x, b["labels"], "sum") / b["labels"].numel(), is_planted
-    )
+    return with_own_loss(lambda x, b, n: cross_entropy(x, b["labels"], "sum") / b["labels"].numel(), is_planted)
 
 
 @plant("first-label-counted", caught_by="token-weights", bug="L4", evidence="nothing predicts")
 def first_label_counted(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
     """The denominator counts the first label of every row, which no position predicts."""
-    return with_own_loss(
-        lambda x, b, n: cross_entropy(x, b["labels"], "sum") / (b["labels"] != -100).sum(), is_planted
-    )
+    return with_own_loss(lambda x, b, n: cross_entropy(x, b["labels"], "sum") / (b["labels"] != -100).sum(), is_planted)
 
 
 @plant("mean-per-row", caught_by="token-weights", bug="L4", status="warn", evidence="every row counts alike")

@@ -226,7 +226,9 @@ def cut_by_the_tokenizer(is_planted: bool, patch: pytest.MonkeyPatch, folder: Pa
         start = next(t for t in range(len(ids)) if ids[t : t + len(marker)] == marker) + len(marker)
         return [-100] * start + ids[start:]
 
-    return from_parts(trainer_of([{"input_ids": r["input_ids"], "labels": label(r["input_ids"])} for r in rows], tokenizer))
+    return from_parts(
+        trainer_of([{"input_ids": r["input_ids"], "labels": label(r["input_ids"])} for r in rows], tokenizer)
+    )
 
 
 @plant("labels-are-a-copy", caught_by="pad-trained", bug="L6")
@@ -249,7 +251,11 @@ def padded_before_labels(is_planted: bool, patch: pytest.MonkeyPatch, folder: Pa
     texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in chat_rows()]
     encoded = tokenizer(texts, padding="max_length", max_length=96)
     rows = [
-        {"input_ids": ids, "attention_mask": mask, "labels": [i if m or is_planted else -100 for i, m in zip(ids, mask, strict=True)]}
+        {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": [i if m or is_planted else -100 for i, m in zip(ids, mask, strict=True)],
+        }
         for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
     ]
     return from_parts(trainer_of(rows, tokenizer, lambda fs: {k: torch.tensor([f[k] for f in fs]) for k in fs[0]}))

@@ -1,0 +1,125 @@
+"""Bugs of chat templates: ChatML with one thing wrong."""
+
+from pathlib import Path
+
+import pytest
+from tiny import CHATML, arguments, bpe_tokenizer, chat_rows, llama
+
+from llmkit.check.attach import from_parts
+from llmkit.check.subject import Subject
+from planted.plant import plant
+
+PLAIN = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+def chat(template: str, **parts) -> Subject:
+    tokenizer = bpe_tokenizer()
+    tokenizer.chat_template = template
+    return from_parts(tokenizer=tokenizer, model=llama(), chat=True, **parts)
+
+
+def edited(is_planted: bool, old: str, new: str, template: str = CHATML, **parts) -> Subject:
+    assert old in template
+    return chat(template.replace(old, new) if is_planted else template, **parts)
+
+
+@plant("system-prompt-skipped", caught_by="template-alters-content", bug="C10", evidence="system content appears 0")
+def system_prompt_skipped(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The loop begins at the second message where the first is a system prompt."""
+    new = "{% for message in messages if message['role'] != 'system' %}"
+    return edited(is_planted, "{% for message in messages %}", new)
+
+
+@plant("content-escaped", caught_by="template-alters-content", bug="C10", evidence="is changed")
+def content_escaped(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """Contents pass an HTML-escaping filter."""
+    return edited(
+        is_planted,
+        "{{ message['content'] }}<|im_end|>\n{% endif %}",
+        "{{ message['content'] | e }}<|im_end|>\n{% endif %}",
+    )
+
+
+@plant("answer-twice", caught_by="template-alters-content", bug="C10", evidence="appears 2 times")
+def answer_twice(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The answer is written twice."""
+    return edited(
+        is_planted, "{% generation %}{{ message['content'] }}", "{% generation %}{{ message['content'] * 2 }}"
+    )
+
+
+@plant("null-name-written", caught_by="template-writes-none", bug="D3", evidence="name=null")
+def null_name_written(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """An optional name is tested for being defined, and a table holds null there."""
+    named = "{{ message['role'] }}{% if message.name %}{{ ' ' ~ message.name }}{% endif %}"
+    safe = PLAIN.replace("{{ message['role'] }}", named)
+    return edited(is_planted, "{% if message.name %}", "{% if message.name is defined %}", safe)
+
+
+@plant("null-content-written", caught_by="template-writes-none", bug="D3", evidence="null is written")
+def null_content_written(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """A user's content is null in some rows."""
+    rows = chat_rows(8)
+    rows[3]["messages"][0]["content"] = None if is_planted else ""
+    return chat(PLAIN.replace("{{ message['content'] }}", "{{ '' ~ message['content'] }}"), dataset=rows)
+
+
+@plant("date-in-prompt", caught_by="template-adds-text", bug="C12", status="warn", evidence="depends on the date")
+def date_in_prompt(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The template writes today's date."""
+    return chat("<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}<|im_end|>\n" * is_planted + CHATML)
+
+
+@plant("header-missing-in-generation", caught_by="generation-prompt-mismatch", bug="C5", evidence="assistant")
+def header_missing_in_generation(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The generation prompt lacks the word assistant."""
+    return edited(
+        is_planted,
+        "{% if add_generation_prompt %}<|im_start|>assistant\n",
+        "{% if add_generation_prompt %}<|im_start|>",
+    )
+
+
+@plant("other-header-in-generation", caught_by="generation-prompt-mismatch", bug="C5", evidence="generation | training")
+def other_header_in_generation(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """Generation asks as `bot`, training answers as `assistant`."""
+    return edited(
+        is_planted,
+        "{% if add_generation_prompt %}<|im_start|>assistant\n",
+        "{% if add_generation_prompt %}<|im_start|>bot\n",
+    )
+
+
+@plant("generation-prompt-ignored", caught_by="generation-prompt-mismatch", bug="C5", evidence="stand between")
+def generation_prompt_ignored(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """add_generation_prompt does nothing."""
+    return edited(is_planted, "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "")
+
+
+@plant("past-turns-rewritten", caught_by="earlier-turns-rewritten", bug="C6", status="warn", evidence="turn behind")
+def past_turns_rewritten(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The last answer gets an empty think block that past answers lose."""
+    new = "{% if loop.last %}<think></think>{% endif %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    return edited(is_planted, "{{ message['content'] }}<|im_end|>{% endgeneration %}", new)
+
+
+@plant("no-marks-under-assistant-loss", caught_by="assistant-mask-wrong", bug="C1", evidence="no {% generation %}")
+def no_marks_under_assistant_loss(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """assistant_only_loss with a template that marks nothing."""
+    from trl import SFTConfig
+
+    args = arguments(SFTConfig, assistant_only_loss=True, gradient_checkpointing=False)
+    return chat(PLAIN if is_planted else CHATML, dataset=chat_rows(4), args=args)
+
+
+@plant("marks-around-everything", caught_by="assistant-mask-wrong", bug="C2", evidence="user content is trained")
+def marks_around_everything(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The generation marks enclose the whole loop."""
+    wide = PLAIN.replace("{% for", "{% generation %}{% for").replace("{% endfor %}", "{% endfor %}{% endgeneration %}")
+    return chat(wide if is_planted else CHATML)
+
+
+@plant("end-of-turn-outside-marks", caught_by="assistant-mask-wrong", bug="C7", evidence="end of turn is outside")
+def end_of_turn_outside_marks(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The mask closes before <|im_end|>."""
+    return edited(is_planted, "<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
