@@ -389,6 +389,33 @@ def _dropped(subject: Subject) -> tuple[list[int], int]:
     return dropped, table.num_rows
 
 
+HEADER = 3  # tokens that most rows have at the same distance from where training begins: the markup before answers
+NEAR = 16  # how far from there it is looked for
+
+
+def boundary_shift(rows: list[AuditedRow]) -> tuple[int, int] | None:
+    """Where training begins, for rows of which neither contents nor markup are known: (shift, number of rows).
+
+    Answers follow the same markup in all rows ("### Response:"), and differ. 0: training begins right behind it, or in
+    it; n: n tokens later; -n: n tokens before it begins. None: no such markup near, or rows with several spans.
+    """
+    begins = [(item.row.input_ids, item.is_trained.index(True)) for item in rows if True in item.is_trained[1:]]
+    if len(begins) < 8 or len(begins) * 2 < len(rows):
+        return None
+
+    def is_common(offset: int) -> bool:
+        found = Counter(ids[b + offset] if 0 <= b + offset < len(ids) else -1 for ids, b in begins)
+        token, number = found.most_common(1)[0]
+        return token >= 0 and number >= 0.95 * len(begins)
+
+    common = {offset: is_common(offset) for offset in range(-NEAR - HEADER, NEAR)}
+    for end in sorted(range(-NEAR, NEAR), key=abs):  # the first offset behind the markup
+        if not common[end] and all(common[end - k] for k in range(1, HEADER + 1)):
+            start = next((o for o in range(end - 1, -NEAR - HEADER - 1, -1) if not common[o]), -NEAR - HEADER - 1) + 1
+            return -end if end <= 0 else min(-start, 0), len(begins)
+    return None
+
+
 def need_language_rows(audit: Audit) -> None:
     """Raises NotApplicable where the rows teach no answers: plain text."""
     if audit.kind == "text" or (audit.kind == "unknown" and not audit.masks_context):

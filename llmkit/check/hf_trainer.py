@@ -8,23 +8,27 @@ Uses the overridable methods (`get_batch_samples`, `training_step`, `create_opti
 copies what they do: whatever a subclass changed is what runs.
 """
 
-import collections
 import contextlib
 import copy
-import functools
 import inspect
-import itertools
 import math
-import random
 from collections.abc import Iterator
 from pathlib import Path
-from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .live import (
+    ELEMENTS,
+    LOOKED_AT,
+    generators_restored,
+    gradient_norm,
+    optimizer_restored,
+    own_objects,
+    patch_forward_as,
+    some_rows,
+)
 from .subject import (
     LabelledRow,
     NotApplicable,
@@ -37,8 +41,6 @@ from .subject import (
 )
 
 RAW_COLUMNS = ("messages", "prompt", "completion", "text", "chosen", "rejected", "conversations")
-LOOKED_AT = 256  # rows among which batches choose short or ragged ones
-ELEMENTS = 60_000_000  # logits of one batch of a probe at most: rows x tokens x ids
 
 
 def settings_of(args: Any) -> dict[str, Any]:
@@ -99,12 +101,26 @@ class HFTraining:
         return not module.startswith(("transformers.", "trl.")) or not is_indexed
 
     @property
+    def order_lost_by_design(self) -> str | None:
+        """A sampler of transformers' own that takes the order of an epoch from the global random state: its name."""
+        names = ("get_train_dataloader", "_get_dataloader", "_get_train_sampler", "train")
+        if not self._is_stock(names):
+            return None
+        strategy = str(getattr(self.trainer.args, "train_sampling_strategy", "random"))
+        if strategy == "group_by_length":
+            return f"train_sampling_strategy={strategy}"
+        is_seedable = getattr(self.trainer.args.accelerator_config, "use_seedable_sampler", True)
+        return None if is_seedable else "use_seedable_sampler=False"
+
+    @property
     def has_stock_checkpoints(self) -> bool:
         """Nobody overrode how checkpoints are written and read."""
-        names = ("_save_checkpoint", "save_model", "_save", "_load_from_checkpoint", "train")
-        return not any(n in vars(self.trainer) for n in names) and all(
-            getattr(type(self.trainer), n).__module__.startswith(("transformers.", "trl.")) for n in names
-        )
+        return self._is_stock(("_save_checkpoint", "save_model", "_save", "_load_from_checkpoint", "train"))
+
+    def _is_stock(self, names: tuple[str, ...]) -> bool:
+        trainer = self.trainer
+        modules = [(getattr(type(trainer), name).__module__ or "").split(".")[0] for name in names]
+        return not any(name in vars(trainer) for name in names) and set(modules) <= {"transformers", "trl"}
 
     def labelled_rows(self, count: int) -> list[LabelledRow]:
         if self.has_own_loader:
@@ -157,7 +173,7 @@ class HFTraining:
     def backward(self, model: nn.Module, micro_batches: list[dict[str, Any]]) -> float:
         trainer, total = self.trainer, 0.0
         with self.unchanged():
-            _patch_forward_as(trainer.model, model)
+            patch_forward_as(trainer.model, model)
             trainer.args.gradient_accumulation_steps = len(micro_batches)
             model.zero_grad(set_to_none=True)
             device = next(model.parameters()).device
@@ -254,7 +270,7 @@ class HFTraining:
             for name, value in {**_shortened(num_steps, folder), **(settings or {})}.items():
                 setattr(args, name, value)
             self._use(model)
-            trainer.train_dataset = _some_rows(trainer.train_dataset, num_rows, self._vocabulary())
+            trainer.train_dataset = some_rows(trainer.train_dataset, num_rows, self._vocabulary())
             trainer._train_batch_size = args.train_batch_size
             trainer.eval_dataset = None
             recorder = _recorder(trainer, trace, stop_at or num_steps)
@@ -290,7 +306,7 @@ class HFTraining:
     def _use(self, model: nn.Module) -> None:
         """Makes `model` the trainer's, as a fresh process would: inside `unchanged` only."""
         trainer = self.trainer
-        _patch_forward_as(trainer.model, model)
+        patch_forward_as(trainer.model, model)
         given = self.was_given_scheduler
         trainer.model = trainer.model_wrapped = model
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
@@ -317,10 +333,10 @@ class HFTraining:
                 dataset = next(iter(dataset.values()))
             if dataset is None:
                 raise NotApplicable("the trainer has no eval_dataset")
-            trainer.eval_dataset = _some_rows(dataset, num_rows, self._vocabulary())
+            trainer.eval_dataset = some_rows(dataset, num_rows, self._vocabulary())
             trainer.args.per_device_eval_batch_size = batch_size
             trainer.args.report_to, trainer.args.disable_tqdm = [], True
-            _patch_forward_as(trainer.model, model)
+            patch_forward_as(trainer.model, model)
             trainer.model = trainer.model_wrapped = model
             trainer.callback_handler = CallbackHandler([], model, trainer.processing_class, None, None)
             predict = trainer.prediction_step
@@ -335,7 +351,9 @@ class HFTraining:
                 return output
 
             trainer.prediction_step = recorded
-            return {k: float(v) for k, v in trainer.evaluate().items() if isinstance(v, (int, float))}
+            metrics = trainer.evaluate()
+            logged = trainer.state.log_history[-1:] or [{}]  # where a `log` of the user's adds to it
+            return {k: float(v) for k, v in {**logged[0], **metrics}.items() if isinstance(v, (int, float))}
 
     def _need_one_process(self) -> None:
         if self.trainer.args.world_size > 1:
@@ -345,7 +363,7 @@ class HFTraining:
     def unchanged(self) -> Iterator[None]:
         trainer = self.trainer
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        held = [trainer, trainer.accelerator, trainer.state, trainer.control, *_own_objects(trainer)]
+        held = [trainer, trainer.accelerator, trainer.state, trainer.control, *own_objects(trainer)]
         from accelerate.state import GradientState
 
         shared = GradientState._shared_state
@@ -357,116 +375,6 @@ class HFTraining:
                 stack.enter_context(optimizer_restored(optimizer))
             trainer.args = copy.copy(trainer.args)
             yield
-
-
-def _own_objects(trainer: Any) -> list[Any]:
-    """What hangs on a trainer and may keep a state of its own: collators, samplers, schedulers, loss scalers."""
-    elsewhere = (type, ModuleType, FunctionType, MethodType, nn.Module, Tensor, torch.optim.Optimizer, Path)
-    named = ("Tokenizer", "Processor", "Callback", "Arguments", "Config")
-    found: dict[int, Any] = {}
-    queue = [*vars(trainer).values(), getattr(trainer.accelerator, "scaler", None)]
-    for _ in range(3):
-        level, queue = queue, []
-        for value in level:
-            if isinstance(value, (list, tuple)) and len(value) <= 20:
-                queue += value
-            if id(value) in found or not hasattr(value, "__dict__") or isinstance(value, elsewhere):
-                continue
-            if value is trainer or type(value).__module__.split(".")[0] == "accelerate" or len(found) > 100:
-                continue
-            if any(word in c.__name__ for c in type(value).__mro__ for word in named):
-                continue
-            found[id(value)] = value
-            queue += vars(value).values()
-    return list(found.values())
-
-
-@contextlib.contextmanager
-def generators_restored(objects: list[Any]) -> Iterator[None]:
-    """The random generators among their attributes are as before."""
-    values = {id(v): v for o in objects for v in vars(o).values()}.values()
-    torches = [(g, g.get_state()) for g in values if isinstance(g, torch.Generator)]
-    pythons = [(g, g.getstate()) for g in values if isinstance(g, random.Random)]
-    numpys = [(g, g.bit_generator.state) for g in values if isinstance(g, np.random.Generator)]
-    try:
-        yield
-    finally:
-        for torch_generator, torch_state in torches:
-            torch_generator.set_state(torch_state)
-        for python_generator, python_state in pythons:
-            python_generator.setstate(python_state)
-        for numpy_generator, numpy_state in numpys:
-            numpy_generator.bit_generator.state = numpy_state
-
-
-@contextlib.contextmanager
-def optimizer_restored(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Its moments, rates and attributes are as before, in the same tensors; inside it works on copies."""
-    state, groups = optimizer.state, [dict(group) for group in optimizer.param_groups]
-    with attributes_restored(optimizer):
-        optimizer.state = collections.defaultdict(
-            dict, {p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for p, s in state.items()}
-        )
-        try:
-            yield
-        finally:
-            optimizer.state = state
-            for group, before in zip(optimizer.param_groups, groups, strict=False):
-                group.clear()
-                group.update(before)
-
-
-def gradient_norm(trainer: Any) -> float:
-    """Of all gradients together, as the optimiser will see them: without the factor of a loss scaler."""
-    squares = [float(p.grad.float().square().sum()) for p in trainer.model.parameters() if p.grad is not None]
-    scaler = trainer.accelerator.scaler
-    return math.sqrt(sum(squares)) / (scaler.get_scale() if scaler is not None and not _is_unscaled(trainer) else 1.0)
-
-
-def _is_unscaled(trainer: Any) -> bool:
-    states = getattr(trainer.accelerator.scaler, "_per_optimizer_states", {})
-    return any(getattr(s.get("stage"), "name", "") == "UNSCALED" for s in states.values())
-
-
-def _patch_forward_as(live: Any, small: Any) -> None:
-    """TRL writes a `forward` of its own on the model it trains, closed over the original: the small one gets the same.
-
-    Whoever lends the small model takes it off again (`restored`).
-    """
-    live, small = (m.get_base_model() if hasattr(m, "get_base_model") else m for m in (live, small))
-    function = getattr(vars(live).get("forward"), "__func__", None)
-    if live is small or not isinstance(function, FunctionType) or "forward" in vars(small):
-        return
-
-    def other(value: Any) -> Any:
-        if value is live:
-            return small
-        return getattr(small, value.__name__) if getattr(value, "__self__", None) is live else value
-
-    cells = tuple(CellType(other(cell.cell_contents)) for cell in function.__closure__ or ())
-    copied = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
-    copied.__kwdefaults__ = function.__kwdefaults__
-    functools.update_wrapper(copied, type(small).forward)
-    small.forward = MethodType(copied, small)
-
-
-def _some_rows(dataset: Any, num_rows: int | None, vocabulary: int) -> Any:
-    """The first `num_rows` rows that are short enough for logits of eight of them; of a stream, its first rows."""
-    if num_rows is None:
-        return dataset
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        return list(itertools.islice(iter(dataset), num_rows))
-    if num_rows >= len(dataset):
-        return dataset
-    lengths = [_length(dataset[i]) for i in range(min(len(dataset), LOOKED_AT))]
-    picks = [i for i, n in enumerate(lengths) if n * vocabulary * 8 <= ELEMENTS][:num_rows]
-    if len(picks) < num_rows:
-        picks = sorted(sorted(range(len(lengths)), key=lambda i: lengths[i])[:num_rows])
-    return dataset.select(picks) if hasattr(dataset, "select") else torch.utils.data.Subset(dataset, picks)
-
-
-def _length(row: Any) -> int:
-    return len(row["input_ids"]) if isinstance(row, dict) and "input_ids" in row else 0
 
 
 def _follows_metric(scheduler: Any) -> bool:

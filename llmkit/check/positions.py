@@ -193,8 +193,8 @@ def _frequency_faults(module: nn.Module, expected: nn.Module, config: Any) -> li
 
 def _ignored_settings(module: nn.Module, due: dict[str, Tensor], config: Any) -> list[tuple[str, str]]:
     """A larger theta, or no scaling, must make other frequencies."""
-    if not rope_settings(config):
-        return []
+    if not rope_settings(config) or all(value.numel() <= 1 for value in due.values()):
+        return []  # a single frequency is 1 under every theta
     faults = []
     other = copy.deepcopy(config)
     for parameters in rope_settings(other):

@@ -236,4 +236,5 @@ def fit_to_trainer(subject: Subject, model: Any) -> None:
         raise NotRun("the live model's forward was replaced, which its shrunk copy lacks")
     from trl.trainer.utils import add_fused_lm_head
 
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))

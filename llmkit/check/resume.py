@@ -21,6 +21,7 @@ from .subject import DROPOUTS, NotApplicable, NotRun, Subject, Trace, redraw_
 
 STEPS, CUT = 8, 4  # of the whole run; where it is cut: epochs have three steps, so inside the second one
 DROPOUT = 0.1
+SAMPLER_FIX = "Resume at the end of an epoch, or take the order from a sampler with a seed of its own."
 RENAMED_FIX = "Before `train(resume_from_checkpoint=...)`, build the model by `from_pretrained` of that checkpoint."
 
 
@@ -198,7 +199,7 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and torch.equal(a.cpu(), b.cpu().to(a.dtype))
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return float(a) == float(b)
+        return a is not None and b is not None and float(a) == float(b)
     return bool(a == b)
 
 
@@ -218,7 +219,8 @@ def resume_data_order(subject: Subject) -> Outcome:
     Detected: 8 steps in a row against 4, a checkpoint, a new process (other weights, other random state, no optimiser)
         and 4 more, cut in the middle of the second epoch: the rows of every step must be the same ones.
     Tolerance: none; at least three distinct rows are seen.
-    Spares: `ignore_data_skip=True`, streams, checkpoints of weights alone (`save_only_model`), collators that draw.
+    Spares: `ignore_data_skip=True`, streams, checkpoints of weights alone (`save_only_model`), collators that draw. A
+        warning where a sampler of transformers' own loses the order (`group_by_length`).
     Fix: seed the sampler from `args.seed` and the epoch, restore both on resume, and skip the rows that were trained.
     Sources: ms-swift#10050, accelerate#4195, transgenic#59, transformers#8878.
     """
@@ -235,17 +237,25 @@ def resume_data_order(subject: Subject) -> Outcome:
     if not runs.rows:
         return passed(f"steps {CUT + 1} to {STEPS} see the same rows after a resume at {CUT}", limit)
     evidence = [
-        {"row": number, "ids": {"straight": a[0][:16], "resumed": b[0][:16] if b else []}, "note": f"step {number}"}
-        for number, a, b in runs.rows[:3]
+        {"ids": rows[0][:16] if rows else [], "note": f"first row of step {number}, {which}"}
+        for number, straight, resumed in runs.rows[:2]
+        for which, rows in (("straight", straight), ("resumed", resumed))
     ]
+    if reason := getattr(subject.training, "order_lost_by_design", None):
+        what = f"{len(runs.rows)} of {STEPS - CUT} steps after a resume see other rows: {reason}"
+        return warned(f"{what} draws the order from the global random state", limit, evidence, SAMPLER_FIX)
     missing = sum(not b for _, _, b in runs.rows)
     what = f"; {missing} of them are not made at all" if missing else ""
     return failed(f"{len(runs.rows)} of {STEPS - CUT} steps after a resume see other rows{what}", limit, evidence)
 
 
 def _draws(subject: Subject) -> bool:
-    a, b = (subject.training.batches(1, 2)[0].get("input_ids") for _ in range(2))
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and not (a.shape == b.shape and bool((a == b).all()))
+    """The collator makes another batch of the same rows, now or then."""
+    try:
+        first, *others = (subject.training.batches(1, 2)[0] for _ in range(5))
+    except NotApplicable:
+        return False
+    return any(not same(v, other.get(k)) for other in others for k, v in first.items() if isinstance(v, Tensor))
 
 
 @check("resume-learning-rate", family="trainer", tier=2, catalogue="K29")
@@ -318,7 +328,7 @@ def resume_weights(subject: Subject) -> Outcome:
         return failed(f"{len(runs.loaded)} weights are not the saved ones after a resume", "as saved", evidence)
     if runs.rows or runs.rates or runs.moments:
         return passed("the saved weights are loaded (what follows differs: see the other resume checks)", "as saved")
-    if subject.settings.get("ignore_data_skip") or is_stream(subject) or not runs.is_repeatable:
+    if subject.settings.get("ignore_data_skip") or is_stream(subject) or not runs.is_repeatable or _draws(subject):
         return passed("the saved weights are loaded", "as saved")
     is_off = bool(runs.final or runs.losses) if runs.noise == 0 else runs.final_share > 0.1
     if is_off:

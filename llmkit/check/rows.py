@@ -7,7 +7,17 @@ the raw rows are tokenised and labelled as TRL's SFTTrainer would. Leaves out ho
 
 from typing import Any
 
-from .audit import SHOWN, Audit, AuditedRow, audit_of, conversation, has_answer, label_rows_counted, need_language_rows
+from .audit import (
+    SHOWN,
+    Audit,
+    AuditedRow,
+    audit_of,
+    boundary_shift,
+    conversation,
+    has_answer,
+    label_rows_counted,
+    need_language_rows,
+)
 from .runner import Outcome, check, failed, passed, warned
 from .spans import Part, decode
 from .subject import LabelledRow, NotApplicable, NotRun, Subject
@@ -38,6 +48,21 @@ def _is_known_empty(item: AuditedRow) -> bool:
     return bool(item.row.raw and item.contents and not has_answer(item.row.raw))
 
 
+def _need_boundary(audit: Audit) -> tuple[int, int]:
+    found = boundary_shift(audit.rows)
+    if found is None:
+        raise NotRun("neither the raw rows nor the markup are known, so prompts cannot be told from answers")
+    return found
+
+
+def _boundary_verdict(audit: Audit, measured: str, is_wrong: bool) -> Outcome:
+    if not is_wrong:
+        return passed(measured, "0 tokens")
+    begins = [(item, item.is_trained.index(True)) for item in audit.rows[:SHOWN] if True in item.is_trained]
+    evidence = [audit.show(item, b - BESIDE, b + BESIDE, f"training begins at {b}") for item, b in begins]
+    return failed(measured, "0 tokens", evidence)
+
+
 def _verdict(
     count: int, total: int, measured: str, evidence: list[dict[str, Any]], limit: float = FEW, name: str = "rows"
 ) -> Outcome:
@@ -64,7 +89,7 @@ def no_token_trained(subject: Subject) -> Outcome:
     Sources: transformers#34172, trl#598, trl#4201, unsloth#2900.
     """
     audit = audit_of(subject)
-    evidence = [{"row": index, "note": f"cannot be rendered: {error}"} for index, error in audit.broken]
+    evidence = [{"row": index, "text": error, "note": "cannot be rendered"} for index, error in audit.broken]
     if not audit.rows:
         if not audit.dropped:
             raise NotApplicable("no rows")
@@ -108,7 +133,9 @@ def prompt_trained(subject: Subject) -> Outcome:
     if not audit.masks_context:
         raise NotApplicable("prompts are trained in most rows, so they are meant to be")
     if audit.kind == "unknown":
-        raise NotRun("neither the raw rows nor the template's markup are known, so prompts cannot be told from answers")
+        shift, number = _need_boundary(audit)
+        measured = f"training begins {max(-shift, 0)} tokens before the markup that {number} rows have in common"
+        return _boundary_verdict(audit, measured, is_wrong=shift < 0)
     rows, evidence, merged = _need_located(audit), [], 0
     for item in rows:
         wrong = []
@@ -151,7 +178,9 @@ def answer_not_trained(subject: Subject) -> Outcome:
     audit = audit_of(subject)
     need_language_rows(audit)
     if audit.kind == "unknown":
-        raise NotRun("neither the raw rows nor the template's markup are known, so answers cannot be told from prompts")
+        shift, number = _need_boundary(audit)
+        measured = f"training begins {max(shift, 0)} tokens behind the markup that {number} rows have in common"
+        return _boundary_verdict(audit, measured, is_wrong=shift > 0)
     rows = [item for item in _need_located(audit) if any(item.is_trained[t] for p in item.answers for t in p.tokens)]
     if not rows:
         raise NotRun("no row trains an answer: see no-token-trained")
@@ -206,8 +235,9 @@ def eos_not_trained(subject: Subject) -> Outcome:
         of the stop set, and it is trained. Stop set: EOS of tokenizer, config and generation config, and the
         template's end of turn.
     Tolerance: 95 % of the rows that were not cut.
-    Spares: packed or plain text without EOS (pretraining); white space after the stop token; cut rows. Templates whose
-        next turn ends the answer (GLM) warn where rows have one turn.
+    Spares: packed text without EOS (pretraining); plain text without any warns where rows differ in length; white
+        space after the stop token; cut rows. Templates whose next turn ends the answer (GLM) warn where rows have one
+        turn.
     Fix: append EOS to every answer, keep the end of turn inside the generation marks, and give the tokenizer a pad
         token of its own.
     Sources: trl#1623, trl#2059, trl#3091, stanford_alpaca#126, granite-3.1#2.
@@ -218,8 +248,16 @@ def eos_not_trained(subject: Subject) -> Outcome:
     if audit.located:
         places = [(item, *_end_of(audit, item, part)) for item in audit.located for part in _judged_turns(audit, item)]
         places = [(i, "trained" if kind == "missing" and _ends_earlier(audit, i) else kind, t) for i, kind, t in places]
+    elif audit.kind == "chat":
+        raise NotRun("the answers of the raw rows were not found among their tokens")
     else:
         places = _ends_of_rows(subject, audit)
+        if places and all(kind == "missing" for _, kind, _ in places) and not _teaches_answers(subject, audit):
+            evidence = [audit.show(item, t - BESIDE, t + 4, "the row ends here") for item, _, t in places[:SHOWN]]
+            measured = (
+                f"none of {len(places)} rows of unlike length ends in a stop token: right for continued text only"
+            )
+            return warned(measured, "5% of rows", evidence)
     if not places:
         raise NotRun("no row trains a whole answer: see answer-truncated and no-token-trained")
     masked = [(item, t) for item, kind, t in places if kind == "masked"]
@@ -231,7 +269,8 @@ def eos_not_trained(subject: Subject) -> Outcome:
     evidence = [audit.show(item, t - BESIDE, t + 1, "the stop token is masked") for item, t in masked[:SHOWN]]
     evidence += [audit.show(item, t - BESIDE, t + 4, "no stop token follows the answer") for item, t in missing[:SHOWN]]
     measured += f" ({len(missing)} have none, {len(masked)} have it masked)"
-    if not masked and audit.stops & audit.openers:
+    has_ends = any(audit.stops & set(item.row.input_ids) for item in audit.rows)
+    if not masked and audit.openers and (audit.stops & audit.openers or not has_ends):
         measured += "; in this template the next turn's start ends an answer, and these rows have no next turn"
         return warned(measured, limit, evidence[:SHOWN])
     return failed(measured, limit, evidence[:SHOWN])
@@ -268,7 +307,6 @@ def _ends_earlier(audit: Audit, item: AuditedRow) -> bool:
 def _ends_of_rows(subject: Subject, audit: Audit) -> list[tuple[AuditedRow, str, int]]:
     """Likewise for rows whose answers cannot be told, by their last tokens. Raises NotApplicable for pretraining."""
     rows = [item for item in audit.rows if not item.is_cut and any(item.is_trained[1:])]
-    teaches_answers = audit.masks_context or subject.is_chat or "completion_only_loss" in subject.settings
     is_even = len(rows) > 1 and len({len(item.row.input_ids) for item in rows}) == 1
     if audit.is_packed or (is_even and not audit.masks_context):
         raise NotApplicable("rows of one length: packed text has no answers that end")
@@ -277,11 +315,12 @@ def _ends_of_rows(subject: Subject, audit: Audit) -> list[tuple[AuditedRow, str,
         t = _last(audit, item)
         kind = "missing" if item.row.input_ids[t] not in audit.stops else "trained" if item.is_trained[t] else "masked"
         places.append((item, kind, t))
-    if not teaches_answers:
-        places = [place for place in places if place[1] != "missing"]
-        if len(places) <= SOME * len(rows):
-            raise NotApplicable("plain text whose rows do not end in a stop token")
-    return places
+    ended = [place for place in places if place[1] != "missing"]
+    return ended if ended and not _teaches_answers(subject, audit) else places
+
+
+def _teaches_answers(subject: Subject, audit: Audit) -> bool:
+    return audit.masks_context or subject.is_chat or "completion_only_loss" in subject.settings
 
 
 def _last(audit: Audit, item: AuditedRow) -> int:

@@ -106,26 +106,35 @@ def lora_with_reentrant_checkpointing(subject: Subject) -> Outcome:
     """Reentrant checkpointing under an adapter, and no input that requires a gradient.
 
     Symptom: adapters get no gradient; the loss does not fall.
-    Example: `gradient_checkpointing_kwargs={"use_reentrant": True}` with frozen embeddings.
-    Detected: the settings, the adapter, and whether the input embedding is trained or hooked
-        (`enable_input_require_grads`).
+    Example: layers checkpointed with use_reentrant=True by hand, over frozen embeddings.
+    Detected: whether checkpointing is reentrant (in the settings, or on layers where it is on already), and whether the
+        input embedding is trained or hooked (`enable_input_require_grads`), or will be by the trainer.
     Tolerance: a warning; `lora-gets-no-gradient` measures it.
-    Spares: use_reentrant=False, trained embeddings.
-    Fix: `gradient_checkpointing_kwargs={"use_reentrant": False}`.
+    Spares: use_reentrant=False, trained embeddings, checkpointing that the trainer turns on: transformers then asks the
+        inputs for a gradient.
+    Fix: `gradient_checkpointing_kwargs={"use_reentrant": False}`, or `model.enable_input_require_grads()`.
     Sources: transformers#26221, peft#1142, open-unlearning#178.
     """
-    subject.need("settings")
-    given = subject.settings
-    is_on = bool(given.get("gradient_checkpointing") or given.get("activation_checkpointing"))
-    if subject.model is None or not hasattr(subject.model, "peft_config") or not is_on:
-        raise NotApplicable("no adapter under checkpointing")
+    given, model = subject.settings, subject.model
+    if model is None or not hasattr(model, "peft_config"):
+        raise NotApplicable("no adapter on a live model")
+    base = unwrapped(model)
+    by_trainer = bool(given.get("gradient_checkpointing") or given.get("activation_checkpointing"))
     options = given.get("activation_checkpointing_kwargs") or given.get("gradient_checkpointing_kwargs") or {}
+    on = [m for m in base.modules() if getattr(m, "gradient_checkpointing", False)]
+    functions = [getattr(m, "_gradient_checkpointing_func", None) for m in on]
+    by_hand = any((getattr(f, "keywords", None) or {}).get("use_reentrant") for f in functions)
+    if not by_trainer and not on:
+        raise NotApplicable("no checkpointing")
     limit = "use_reentrant=False, or inputs that require a gradient"
-    if not options.get("use_reentrant"):
+    if not by_hand and not (by_trainer and options.get("use_reentrant")):
         return passed("checkpointing is not reentrant", limit)
-    words = unwrapped(subject.model).get_input_embeddings()
+    words = base.get_input_embeddings()
     if words._forward_hooks or any(p.requires_grad for p in words.parameters()):
         return passed("reentrant, and the inputs require a gradient", limit)
+    is_asked = type(base).enable_input_require_grads.__module__.startswith("transformers.")
+    if by_trainer and is_asked:
+        return passed("reentrant; the inputs will require a gradient when the trainer turns it on", limit)
     return warned("reentrant, and the embedded inputs require no gradient", limit)
 
 

@@ -190,10 +190,11 @@ class Subject:
             yield model
 
     def _shrink(self, keep_vocabulary: bool) -> nn.Module:
+        from .alike import trained_alike
         from .shrink import build_small
 
         if keep_vocabulary not in self._shrunk:
-            self._shrunk[keep_vocabulary] = build_small(self, keep_vocabulary)
+            self._shrunk[keep_vocabulary] = trained_alike(self.model, build_small(self, keep_vocabulary))
         return self._shrunk[keep_vocabulary]
 
     def labelled_rows(self, count: int = 200) -> list[LabelledRow]:

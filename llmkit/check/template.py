@@ -18,6 +18,7 @@ ROLES = (
     ("user", "assistant", "user", "assistant"),
     ("user", "assistant"),
 )
+NULL = re.compile(r"None(?![a-z])|\b(?:null|nan|NaN)\b")
 SPICE = "<b>&amp; \"q\" 'a' {{ x }} {% y %}"  # what escaping, markup and jinja would change
 
 
@@ -118,16 +119,15 @@ def template_writes_none(subject: Subject) -> Outcome:
     tokenizer = need_template(subject)
     messages, plain = conversation(tokenizer)
     bad: list[dict[str, Any]] = []
-    nulls = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking", "tools", "images")
-    for key in nulls:
+    texts = {"a missing key": plain}
+    for key in ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking", "tools", "images"):
         try:
-            text = render(tokenizer, [{**m, key: None} for m in messages])
+            texts[f"{key}=null"] = render(tokenizer, [{**m, key: None} for m in messages])
         except Exception:
             continue
-        word = next((w for w in ("None", "null", "nan") if text.count(w) > plain.count(w)), None)
-        if word:
-            at = text.find(word)
-            bad.append({"note": f"{key}=null is written as {word}", "text": text[max(0, at - 30) : at + 12]})
+    for what, text in texts.items():
+        if found := NULL.search(text):
+            bad.append({"note": f"{what} is written as {found[0]}", "text": _around(text, found)})
     looked = 0
     for index, row in enumerate(subject.rows[:500]):
         given = row.get("messages")
@@ -135,16 +135,65 @@ def template_writes_none(subject: Subject) -> Outcome:
             continue
         looked += 1
         try:
-            text = render(tokenizer, given)
-            clean = render(tokenizer, [_without_nulls(m) for m in given])
+            text, clean = render(tokenizer, given), render(tokenizer, [_without_nulls(m) for m in given])
         except Exception:
             continue
-        word = next((w for w in ("None", "null", "nan") if text.count(w) > clean.count(w)), None)
-        if word:
-            at = text.find(word)
-            bad.append({"row": index, "note": f"null is written as {word}", "text": text[max(0, at - 30) : at + 12]})
-    measured = f"{len(nulls)} optional keys and {looked} rows with nulls rendered, {len(bad)} write the word"
+        found = NULL.search(text)
+        if found and len(NULL.findall(text)) > len(NULL.findall(clean)):
+            bad.append({"row": index, "note": f"null is written as {found[0]}", "text": _around(text, found)})
+    measured = f"{len(texts)} forms of missing keys and {looked} rows with nulls rendered, {len(bad)} write the word"
     return failed(measured, "0", bad[:5]) if bad else passed(measured, "0")
+
+
+def _around(text: str, found: re.Match) -> str:
+    return text[max(0, found.start() - 30) : found.end() + 8]
+
+
+@check("null-becomes-word", family="template", tier=1, catalogue="K5")
+def null_becomes_word(subject: Subject) -> Outcome:
+    """Empty fields of the data have become the word None in what is trained on.
+
+    Symptom: the model says None, or answers to a request that is not there.
+    Example: f"### Input:\\n{row['input']}" where a table holds null.
+    Detected: rows with a null or NaN field whose text holds the word None, null or nan although no other field does.
+    Tolerance: none.
+    Spares: rows without nulls; texts that speak of None in a field of their own.
+    Fix: leave the part out where the field is empty: `if row["input"]:`.
+    Sources: unsloth#10813, Starjob#2.
+    """
+    subject.need("rows")
+    empty = [(i, row) for i, row in enumerate(subject.rows) if any(map(_is_null, row.values()))]
+    if not empty:
+        raise NotApplicable("no row has an empty field")
+    trained = {}
+    if subject.tokenizer is not None and subject.training is not None:
+        for item in subject.labelled_rows(200):
+            trained[item.index] = subject.tokenizer.decode(item.input_ids)
+    bad, looked = [], 0
+    for index, row in empty[:2000]:
+        # the text column is what was made of the others; a trainer's row is what it made of all
+        parts = [v for key, value in row.items() if key != "text" for v in _strings(value)]
+        text = trained.get(index) or str(row.get("text") or "")
+        if not any(part.strip() and part in text for part in parts):
+            continue
+        looked += bool(text)
+        found = NULL.search(text)
+        if found and not any(map(NULL.search, parts)):
+            bad.append({"row": index, "note": f"an empty field is written as {found[0]}", "text": _around(text, found)})
+    measured = f"{len(bad)} of {looked} rows with empty fields hold the word"
+    return failed(measured, "0", bad[:5]) if bad else passed(measured, "0")
+
+
+def _strings(value: Any) -> list[str]:
+    """Every text in a row's field, those of messages included."""
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for part in inner for text in _strings(part)]
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value != value)
 
 
 def _without_nulls(message: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from planted.plants_rows import HEADER, after_marker, collate, rendered, trainer
 from tiny import (
     CHATML,
     CORPUS,
+    WORDS,
     arguments,
     bpe_tokenizer,
     chat_rows,
@@ -253,10 +254,12 @@ def test_a_newline_behind_the_stop_token_and_two_different_stop_tokens_are_fine(
     assert clean, found
 
 
-def test_text_without_stop_tokens_is_pretraining():
+def test_text_without_stop_tokens_warns_and_packed_text_does_not_apply():
     tokenizer = bpe_tokenizer(chat=False)
     rows = [{"input_ids": ids, "labels": ids} for ids in tokenizer([r["text"] for r in text_rows()])["input_ids"]]
-    assert result("eos-not-trained", from_parts(trainer_of(rows, tokenizer))).status == "not_applicable"
+    assert result("eos-not-trained", from_parts(trainer_of(rows, tokenizer))).status == "warn"
+    packed = [{"input_ids": list(range(9 + k, 30 + k)), "labels": list(range(9 + k, 30 + k))} for k in range(20)]
+    assert result("eos-not-trained", from_parts(trainer_of(packed, tokenizer))).status == "not_applicable"
 
 
 def test_a_merge_across_the_join_warns_and_does_not_fail():
@@ -288,6 +291,25 @@ def test_completion_only_loss_on_rows_without_completion_trains_prompts():
     """TRL says nothing and masks nothing."""
     found = result("prompt-trained", from_parts(sft_trainer(completion_only_loss=True)))
     assert found.status == "fail"
+
+
+@pytest.mark.parametrize(
+    "offset, prompt, answer", [(0, "pass", "pass"), (-4, "pass", "pass"), (-12, "fail", "pass"), (2, "pass", "fail")]
+)
+def test_rows_of_which_only_ids_are_known_are_judged_by_their_common_markup(offset, prompt, answer):
+    """-4 trains tokens of the markup only, -12 some of the question; the answers begin with unlike words."""
+    tokenizer = bpe_tokenizer(chat=False)
+    rows = [
+        {
+            "prompt": r["prompt"].removesuffix("A:") + "A-n-s:",
+            "completion": f"{WORDS[k % len(WORDS)]} {r['completion']}",
+        }
+        for k, r in enumerate(completion_rows(64))
+    ]
+    rows = [with_prompt_masked(row, tokenizer, offset) for row in rows]
+    subject = from_parts(trainer_of([{k: r[k] for k in ("input_ids", "labels")} for r in rows], tokenizer))
+    assert result("prompt-trained", subject).status == prompt
+    assert result("answer-not-trained", subject).status == answer
 
 
 def test_other_trainers_do_not_apply():

@@ -48,20 +48,46 @@ def answer_twice(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> S
     )
 
 
-@plant("null-name-written", caught_by="template-writes-none", bug="D3", evidence="name=null")
-def null_name_written(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
-    """An optional name is tested for being defined, and a table holds null there."""
-    named = "{{ message['role'] }}{% if message.name %}{{ ' ' ~ message.name }}{% endif %}"
+@plant("missing-name-written", caught_by="template-writes-none", bug="D3", evidence="missing key")
+def missing_name_written(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """A name that most messages lack is read by .get and written as it comes."""
+    named = "{{ message['role'] }}{{ message.get('name', '') }}"
     safe = PLAIN.replace("{{ message['role'] }}", named)
-    return edited(is_planted, "{% if message.name %}", "{% if message.name is defined %}", safe)
+    return edited(is_planted, "message.get('name', '')", "message.get('name')", safe)
 
 
-@plant("null-content-written", caught_by="template-writes-none", bug="D3", evidence="null is written")
-def null_content_written(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
-    """A user's content is null in some rows."""
-    rows = chat_rows(8)
-    rows[3]["messages"][0]["content"] = None if is_planted else ""
-    return chat(PLAIN.replace("{{ message['content'] }}", "{{ '' ~ message['content'] }}"), dataset=rows)
+@plant("null-input-in-text", caught_by="null-becomes-word", bug="D3", evidence="written as None")
+def null_input_in_text(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """An f-string writes the empty input column."""
+    given = [{"instruction": f"Say {i}", "input": None if i % 2 else "now", "output": "ok"} for i in range(8)]
+    rows = [
+        r
+        | {
+            "text": f"### {r['instruction']}"
+            + (f" {r['input']}" if r["input"] or is_planted else "")
+            + f" ### {r['output']}"
+        }
+        for r in given
+    ]
+    return from_parts(tokenizer=bpe_tokenizer(), dataset=rows)
+
+
+@plant("null-in-formatting-func", caught_by="null-becomes-word", bug="D3", evidence="written as None")
+def null_in_formatting_func(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """A formatting function writes the empty column into what is trained."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    def formatted(row):
+        given = f" {row['input']}" if row["input"] or is_planted else ""
+        return f"### {row['instruction']}{given} ### {row['output']}"
+
+    rows = [{"instruction": f"Say {i}", "input": None if i % 2 else "now", "output": "ok"} for i in range(8)]
+    trainer = SFTTrainer(
+        llama(), arguments(SFTConfig, gradient_checkpointing=False), train_dataset=Dataset.from_list(rows),
+        processing_class=bpe_tokenizer(chat=False), formatting_func=formatted,
+    )  # fmt: skip
+    return from_parts(trainer)
 
 
 @plant("date-in-prompt", caught_by="template-adds-text", bug="C12", status="warn", evidence="depends on the date")
