@@ -335,7 +335,11 @@ def _seems_to_mask(audit: Audit) -> bool:
     ]
     if masked:
         return sum(masked) * 2 > len(masked)
-    behind_start = [item.is_trained[1:] for item in audit.rows]
+    special = special_ids(audit.tokenizer)  # packed rows mask the BOS of every document
+    behind_start = [
+        [t for t, i in zip(item.is_trained[1:], item.row.input_ids[1:], strict=False) if t or i not in special]
+        for item in audit.rows
+    ]
     return bool(behind_start) and sum(any(t) and not all(t) for t in behind_start) * 2 > len(behind_start)
 
 

@@ -35,7 +35,7 @@ class Evaluations:
 def evaluate_all(subject: Subject) -> Evaluations:
     subject.need("training", "model")
     trainer = getattr(subject.training, "trainer", None)
-    if not subject.eval_rows and getattr(trainer, "eval_dataset", None) is None:
+    if trainer is not None and not subject.eval_rows and trainer.eval_dataset is None:
         raise NotApplicable("no evaluation set given")
     if "evaluations" not in subject.memory:
         try:

@@ -307,11 +307,10 @@ class HFTraining:
         """Makes `model` the trainer's, as a fresh process would: inside `unchanged` only."""
         trainer = self.trainer
         patch_forward_as(trainer.model, model)
-        given = self.was_given_scheduler
-        trainer.model = trainer.model_wrapped = model
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        if optimizer is not None and not _owns(optimizer, model):
+        optimizer, given = getattr(trainer.optimizer, "optimizer", trainer.optimizer), self.was_given_scheduler
+        if model is not trainer.model:  # theirs are the live model's
             optimizer, given = None, False
+        trainer.model = trainer.model_wrapped = model
         if optimizer is not None:
             optimizer.state.clear()
             for group in optimizer.param_groups:
@@ -379,11 +378,6 @@ class HFTraining:
 
 def _follows_metric(scheduler: Any) -> bool:
     return "metrics" in inspect.signature(scheduler.step).parameters
-
-
-def _owns(optimizer: Any, model: nn.Module) -> bool:
-    mine = {id(p) for p in model.parameters()}
-    return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
 
 
 def _unpadded(batch: dict[str, Any], indices: list[int], raw: dict[str, Any] | None) -> list[LabelledRow]:

@@ -12,6 +12,7 @@ from .runner import Outcome, check, failed, passed, warned
 from .subject import NotApplicable, NotRun, Subject
 
 SHOWN = 5  # parameters named in evidence
+HALVES = (torch.bfloat16, torch.float16)
 REPEATS = 32  # steps with one gradient
 
 
@@ -65,9 +66,10 @@ def parameter_not_in_optimizer(subject: Subject) -> Outcome:
     missing = [n for n, p in trainable.items() if id(p) not in counts]
     twice = [n for n, p in trainable.items() if counts.get(id(p), 0) > 1]
     limit = "each trainable tensor in one group"
-    held = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-    if len(missing) == len(trainable) and held == sum(p.numel() for p in trainable.values()):
-        raise NotRun("the optimiser holds copies of the parameters: which is whose cannot be told")
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    are_copies = all(p.dtype == torch.float32 for p in held) and all(p.dtype in HALVES for p in trainable.values())
+    if len(missing) == len(trainable) and are_copies:
+        raise NotRun("the optimiser holds float32 copies of the parameters: which is whose cannot be told")
     if missing or twice:
         evidence = named(missing, " is in no group") + named(twice, " is in several groups")
         what = f"{len(missing)} of {len(trainable)} trainable tensors are in no group"
@@ -125,18 +127,17 @@ def update_lost_in_rounding(subject: Subject) -> Outcome:
     subject.need("training", "model")
     if subject.model is None:
         raise NotApplicable("no model given")
-    halves = (torch.bfloat16, torch.float16)
     trained = [p for p in subject.model.parameters() if p.requires_grad]
-    if sum(p.numel() for p in trained if p.dtype in halves) * 2 < sum(p.numel() for p in trained) or not trained:
+    if sum(p.numel() for p in trained if p.dtype in HALVES) * 2 < sum(p.numel() for p in trained) or not trained:
         raise NotApplicable("the trained weights are not in a 16-bit format")
-    dtype = next(p.dtype for p in trained if p.dtype in halves)
+    dtype = next(p.dtype for p in trained if p.dtype in HALVES)
     with subject.small_model(keep_vocabulary=True, draw=False) as model:
         if not subject.is_small:
             for p in model.parameters():
                 p.data = p.data.to(dtype)
         subject.training.backward(model, subject.training.batches(1, 2))
         weights = {
-            p: p.data for p in model.parameters() if p.requires_grad and p.grad is not None and p.dtype in halves
+            p: p.data for p in model.parameters() if p.requires_grad and p.grad is not None and p.dtype in HALVES
         }
         gradients = {p: p.grad.detach() for p in weights if p.grad is not None}
         if not any(bool((g != 0).any()) for g in gradients.values()):

@@ -161,11 +161,12 @@ def _frequencies(module: nn.Module) -> dict[str, Tensor]:
     """By buffer name; the original ones where a forward may replace them. Attention scaling as well."""
     buffers = dict(module.named_buffers(recurse=False))
     values = {k: v for k, v in buffers.items() if k.endswith("inv_freq") and "original" not in k and "long" not in k}
+    kind = getattr(module, "rope_type", None)
     for name in values:
-        original = name.replace("inv_freq", "original_inv_freq")
-        values[name] = (
-            getattr(module, original) if isinstance(getattr(module, original, None), Tensor) else values[name]
-        )
+        own_kind = str(kind.get(name.removesuffix("_inv_freq")) if isinstance(kind, dict) else kind)
+        original = getattr(module, name.replace("inv_freq", "original_inv_freq"), None)
+        if isinstance(original, Tensor) and ("dynamic" in own_kind or own_kind == "longrope"):
+            values[name] = original
     scales = {k: torch.tensor(float(v)) for k, v in vars(module).items() if k.endswith("attention_scaling")}
     return values | scales
 

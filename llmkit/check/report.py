@@ -7,6 +7,7 @@ Leaves out how results come about.
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..run import versions
 VERSION = 1
 SHOWN_VERSIONS = ("llmkit", "python", "torch", "transformers", "tokenizers", "trl", "peft")
 STATUSES = ("fail", "not_run", "warn", "pass", "not_applicable")  # the worst first
+CRASH = re.compile(r"(the check crashed: \w+): .* (\(\S+:\d+\))", re.S)  # how the runner says it
 
 
 class CheckFailed(AssertionError):
@@ -35,6 +37,7 @@ class CheckResult:
     evidence: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     fix: str = ""
     seconds: float = 0.0
+    title: str = ""  # what the check finds, in a sentence
 
 
 @dataclasses.dataclass
@@ -98,9 +101,13 @@ class Report:
         return f'<iframe srcdoc="{escape(page(self))}" style="width:100%;height:34rem;border:0"></iframe>'
 
     def redacted(self) -> "Report":
-        """Without text of the user's data: ids, rows and positions stay."""
+        """Without text of the user's data: ids, rows and positions stay; an exception's message may quote a row."""
         checks = [
-            dataclasses.replace(c, evidence=[{k: v for k, v in e.items() if k != "text"} for e in c.evidence])
+            dataclasses.replace(
+                c,
+                measured=CRASH.sub(r"\1 \2", c.measured),
+                evidence=[{k: v for k, v in e.items() if k != "text"} for e in c.evidence],
+            )
             for c in self.checks
         ]
         return Report(self.target, checks)
@@ -113,7 +120,14 @@ class Report:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> "Report":
-        return cls(value["target"], [CheckResult(**row) for row in value["checks"]])
+        """Fields of another version are left out."""
+        known = {field.name for field in dataclasses.fields(CheckResult)}
+        return cls(
+            value["target"], [CheckResult(**{k: v for k, v in row.items() if k in known}) for row in value["checks"]]
+        )
 
     def write_json(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, default=str) + "\n"
+        path.write_text(
+            text, encoding="utf-8", errors="backslashreplace"
+        )  # half a surrogate pair: \ud83d, as JSON has it

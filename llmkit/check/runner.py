@@ -169,7 +169,7 @@ def _where(error: BaseException) -> str:
 def run_one(item: Check, subject: Subject, ignored: str | None = None) -> CheckResult:
     """One check; a crash inside becomes `not_run` with the exception in one line."""
     started = time.perf_counter()
-    result = CheckResult(item.id, item.family, item.tier, "not_run")
+    result = CheckResult(item.id, item.family, item.tier, "not_run", title=item.title)
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_quiet())

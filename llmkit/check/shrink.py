@@ -24,7 +24,9 @@ KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_gro
 # field -> what it may be at most; fields that are absent or None stay so
 LIMITS: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "lru_width", "word_embed_proj_dim", "embedding_size"), WIDTH),
-    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size", "d_inner", "mamba_d_ssm"), 2 * WIDTH),
+    **dict.fromkeys(
+        ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size", "d_inner", "mamba_d_ssm"), 2 * WIDTH
+    ),
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "moe_intermediate_dim"), WIDTH // 2),
     **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size"), WIDTH // 2),
     **dict.fromkeys(

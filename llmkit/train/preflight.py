@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from ..check.attach import builder
-from ..check.subject import LabelledRow, NotApplicable, Step, Subject, Trace
+from ..check.subject import LabelledRow, NotApplicable, Schedule, Step, Subject, Trace
 from ..config import PretrainConfig, UserError
 from ..data.loader import IGNORE, Loader, Rows
 from ..data.sources import parse_sources
-from ..data.tokenizer import bos_id
 from ..evaluate.perplexity import score_rows, token_losses
 from ..hardware import Device
 from ..run import Run, check_output_dir, quiet_libraries, resolve_model_dir
@@ -43,7 +42,7 @@ from .build import (
 )
 from .checkpoint import find_checkpoint, load_weights
 from .engines import check_engine, engine_kind, start_accelerator, start_engine
-from .optim import build_optimizer, lr_factor
+from .optim import build_optimizer, lr_factor, planned_rates
 from .pretrain import _isolate, fit
 
 
@@ -110,11 +109,13 @@ class PretrainTraining:
         return {key: torch.cat([batch[key] for batch in batches])[:count] for key in batches[0]}
 
     def labelled_rows(self, count: int) -> list[LabelledRow]:
-        rows, batch, bos = [], self._rows(count), bos_id(self.tokenizer)
+        rows, batch = [], self._rows(count)
         for index in range(len(batch["input_ids"])):
             ids, labels = batch["input_ids"][index].tolist(), batch["shift_labels"][index].tolist()
-            last = labels[-1] if labels[-1] != IGNORE else bos
-            rows.append(LabelledRow(index, [*ids, last], [IGNORE, *labels]))
+            ids, labels = [*ids, labels[-1]], [IGNORE, *labels]
+            while labels[-1] == IGNORE:  # padding, or the BOS of a document that goes on elsewhere
+                ids.pop(), labels.pop()
+            rows.append(LabelledRow(index, ids, labels))
         return rows
 
     def batches(self, num_batches: int, batch_size: int, ragged: bool = False) -> list[dict[str, Any]]:
@@ -122,10 +123,12 @@ class PretrainTraining:
         rows["shift_labels"][:, -1] = IGNORE  # that token is not among input_ids, so `labels` could not name it
         first = torch.full_like(rows["input_ids"][:, :1], IGNORE)
         rows["labels"] = torch.cat([first, rows["shift_labels"][:, :-1]], 1)
-        if ragged:  # our rows are full: the labels of some are taken away from the right
+        if ragged:  # our rows are full: some end sooner here, in padding
+            pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
             for i in range(len(rows["labels"])):
                 keep = rows["labels"].shape[1] * (i + 1) // len(rows["labels"])
                 rows["labels"][i, keep:] = rows["shift_labels"][i, keep - 1 :] = IGNORE
+                rows["input_ids"][i, keep:] = pad
         parts = {key: value.split(batch_size) for key, value in rows.items()}
         return [dict(zip(parts, tensors, strict=True)) for tensors in zip(*parts.values(), strict=True)]
 
@@ -146,8 +149,11 @@ class PretrainTraining:
         c, rows = self.config, self.loader.rows_per_step
         return c.max_steps or max(1, -(-int(c.num_train_epochs * self.loader.num_rows) // rows))
 
-    def learning_rates(self, model: nn.Module) -> list[float]:
-        total = self.num_steps()
+    def schedule_of(self, model: nn.Module) -> Schedule:
+        return Schedule(self.config.lr_scheduler_type, has_planned_peak=True, is_cyclic=False)
+
+    def learning_rates(self, model: nn.Module, num_steps: int | None = None) -> list[float]:
+        total = num_steps or self.num_steps()
         return [self.config.learning_rate * lr_factor(step, self.config, total) for step in range(total)]
 
     def run(
@@ -158,23 +164,28 @@ class PretrainTraining:
         stop_at: int | None = None,
         resume_from: Path | None = None,
         num_rows: int | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> Trace:
         """`fit` itself. Order is a function of (seed, step), so `num_rows` changes nothing that could be seen."""
+        known = {field.name for field in dataclasses.fields(self.config)}
+        place = folder / f"run{len(list(folder.glob('run*')))}"  # a run that goes on branches off
         config = dataclasses.replace(
-            self.config, output_dir=str(folder), max_steps=num_steps, save_steps=stop_at, save_total_limit=None,
+            self.config, output_dir=str(place), max_steps=num_steps, save_steps=stop_at, save_total_limit=None,
             eval_steps=None, eval_on_start=False, sample_prompts=[], ngram_order=None, logging_steps=1,
             report_to="none", torch_compile=False, resume_from_checkpoint=None, use_cpu=True, bf16=False,
         )  # fmt: skip
+        config = dataclasses.replace(config, **{k: v for k, v in (settings or {}).items() if k in known})
         trace, loader = Trace(), copy.copy(self.loader)
+        loader.rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
         console, device = Console(quiet=True), Device("cpu", "", False, torch.get_num_threads(), None)
         model.zero_grad(set_to_none=True)
         checkpoint = None
         if resume_from is not None:
-            checkpoint = find_checkpoint(folder, str(resume_from), lambda line: None)
+            checkpoint = find_checkpoint(place, str(resume_from), lambda line: None)
             model = load_weights(model, checkpoint) if checkpoint else model
         accelerator = start_accelerator("single", device, config)
         same = identity(config, model, self.tokenizer, loader, self.fractions)
-        run = Run.start(folder, "pretrain", config, {})
+        run = Run.start(place, "pretrain", config, {})
         engine = start_engine(accelerator, "single", model, config, False)
         flops = flops_per_token(model, config.max_length)
         job = Job(
@@ -183,6 +194,7 @@ class PretrainTraining:
         )  # fmt: skip
         batch, step = loader.batch, engine.step
         ids: list[list[int]] = []
+        peak = max(planned_rates(engine.optimizer, config, 1.0))
 
         def recorded_batch(at: int, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
             rows = batch(at, rank, world_size)
@@ -190,31 +202,52 @@ class PretrainTraining:
             return rows
 
         def recorded_step(judge: Any) -> None:
-            rate = max(group["lr"] for group in engine.optimizer.param_groups)
-            step(judge)
-            trace.steps.append(Step(list(ids), rate, 0.0))
+            share = max(group["lr"] for group in engine.optimizer.param_groups) / peak  # Muon has a rate of its own
+            if not trace.first_weights:
+                trace.first_weights, trace.first_optimizer = _copies(model), {"state": engine.get_state()}
+            for name, p in model.named_parameters():
+                largest = float(p.grad.abs().max()) if p.grad is not None and p.grad.numel() else 0.0
+                trace.gradients[name] = max(trace.gradients.get(name, 0.0), largest)
+
+            def judged(norm: Tensor) -> Tensor:  # clipped by now
+                clipped = [p.grad.norm() for p in engine.trainable if p.grad is not None]
+                trace.norms.append((float(norm), float(torch.stack(clipped).norm())))
+                return judge(norm)
+
+            step(judged)
+            trace.steps.append(Step(list(ids), share * config.learning_rate, 0.0))
+            if len(trace.steps) == stop_at:
+                trace.weights, trace.optimizer = _copies(model), {"state": engine.get_state()}
 
         loader.batch = recorded_batch  # type: ignore[method-assign, assignment]
         engine.step = recorded_step  # type: ignore[method-assign]
         fit(job, checkpoint)
-        _read_losses(folder, trace)
-        trace.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-        trace.optimizer = {"state": engine.get_state()}
-        trace.checkpoints = {int(path.name.split("-")[1]): path for path in (folder / "checkpoints").glob("step-*")}
-        if stop_at:
-            trace.steps = trace.steps[:stop_at]
+        _read_losses(place, trace)
+        if stop_at is None:
+            trace.weights, trace.optimizer = _copies(model), {"state": engine.get_state()}
+        trace.checkpoints = {int(path.name.split("-")[1]): path for path in (place / "checkpoints").glob("step-*")}
+        trace.steps = trace.steps[:stop_at]  # `fit` ran to its end; what comes later is not looked at
         return trace
 
-    def evaluate(self, model: nn.Module, batch_size: int, num_rows: int) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, batch_size: int, num_rows: int, batches: list[tuple[float, int, int]] | None = None
+    ) -> dict[str, float]:
         if not self.shards:
             raise NotApplicable("no eval_datasets given")
         name, rows = next(iter(self.shards.items()))
         eos, isolate = self.tokenizer.eos_token_id, _isolate(self.config)
-        return {f"eval_{name}_loss": score_rows(model, _first(rows, num_rows), batch_size, eos, isolate=isolate).loss}
+        score = score_rows(model, _first(rows, num_rows), batch_size, eos, isolate=isolate)
+        if batches is not None:
+            batches.append((score.loss, score.num_tokens, score.num_tokens))
+        return {f"eval_{name}_loss": score.loss}
 
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
         yield  # nothing of it is ever written to
+
+
+def _copies(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def _read_losses(folder: Path, trace: Trace) -> None:

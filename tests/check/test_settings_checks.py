@@ -79,7 +79,9 @@ def test_a_model_given_by_its_configuration_is_built_small():
 
 def test_models_without_rotary_positions_have_nothing_to_ignore():
     for kind in ("bloom", "gpt2"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=424, n_embd=32, n_layer=1))
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, vocab_size=424, hidden_size=32, n_layer=1, n_head=4)
+        )
         assert check("rope-setting-ignored", from_parts(model=model)).status == "not_applicable"
 
 
@@ -150,8 +152,9 @@ def test_only_optimizers_of_adams_kind_are_judged_by_the_rate():
 
 def test_checkpointing_that_the_trainer_turns_on_asks_the_inputs_for_a_gradient():
     """True since transformers does it itself; `lora-gets-no-gradient` passes as well."""
-    options = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
-    trainer = lm_trainer(model=get_peft_model(llama(eos_token_id=2), LoraConfig(r=4)), **options)
+    model = get_peft_model(llama(eos_token_id=2), LoraConfig(r=4))
+    reentrant = {"use_reentrant": True}
+    trainer = lm_trainer(model=model, gradient_checkpointing=True, gradient_checkpointing_kwargs=reentrant)
     subject = from_parts(trainer)
     assert check("lora-with-reentrant-checkpointing", subject).status == "pass"
     assert check("lora-gets-no-gradient", subject).status == "pass"

@@ -51,6 +51,15 @@ def rope_changed_after_loading(is_planted: bool, patch: Patch, folder: Path) -> 
     return from_parts(model=model)
 
 
+@plant("frequencies-written-over", caught_by="rope-setting-ignored", bug="M8", evidence="50.0%")
+def frequencies_written_over(is_planted: bool, patch: Patch, folder: Path) -> Subject:
+    """Linear scaling by two, done to the buffer and not to the configuration: it is lost on reload."""
+    model = llama()
+    if is_planted:
+        model.model.rotary_emb.inv_freq.mul_(0.5)
+    return from_parts(model=model)
+
+
 @plant("theta-is-a-constant", caught_by="rope-setting-ignored", bug="M8", evidence="ignored")
 def theta_is_a_constant(is_planted: bool, patch: Patch, folder: Path) -> Subject:
     """The class uses 10000 whatever the configuration says, so rebuilding it changes nothing either."""

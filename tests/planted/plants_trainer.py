@@ -1,5 +1,6 @@
 """Bugs of optimisers, schedules, resuming and evaluation."""
 
+import copy
 import functools
 import math
 from pathlib import Path
@@ -52,6 +53,14 @@ def optimizer_before_adapter(is_planted: bool, patch: Patch, folder: Path) -> Su
         optimizers=(optimizer, None),
     )
     return from_parts(trainer)
+
+
+@plant("optimizer-of-another-copy", caught_by="weights-do-not-move", bug="O3", evidence="embed_tokens")
+def optimizer_of_another_copy(is_planted: bool, patch: Patch, folder: Path) -> Subject:
+    """The optimiser holds the parameters of a deep copy of the model."""
+    model = llama(eos_token_id=2)
+    held = copy.deepcopy(model) if is_planted else model
+    return lm(model=model, optimizer=torch.optim.AdamW(held.parameters(), lr=1e-3))
 
 
 class OnlyMatrices(Trainer):
@@ -262,6 +271,28 @@ def scheduler_in_every_micro_batch(is_planted: bool, patch: Patch, folder: Path)
 
 
 # resuming
+
+
+class SeededInTheLoader(Trainer):
+    def get_train_dataloader(self) -> Any:
+        generator, batch = torch.Generator().manual_seed(0), self.args.train_batch_size
+        return DataLoader(
+            self.train_dataset, batch_size=batch, shuffle=True, generator=generator, collate_fn=self.data_collator
+        )
+
+
+@plant("loader-with-its-own-generator", caught_by="resume-data-order", bug="R1", evidence="step")
+def loader_with_its_own_generator(is_planted: bool, patch: Patch, folder: Path) -> Subject:
+    """A loader whose generator starts at the first epoch's order in every process."""
+    return lm(SeededInTheLoader if is_planted else Trainer)
+
+
+@plant("nothing-is-skipped", caught_by="resume-data-order", bug="R1", evidence="step")
+def nothing_is_skipped(is_planted: bool, patch: Patch, folder: Path) -> Subject:
+    """A resumed epoch starts with its first batch again."""
+    if is_planted:
+        patch.setattr("transformers.trainer.skip_first_batches", lambda loader, count: loader)
+    return lm()
 
 
 class GlobalOrder(Trainer):
