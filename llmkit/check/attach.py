@@ -56,6 +56,9 @@ def load_config(name: str, trust_remote_code: bool) -> Any:
     if not folder.exists() and name.startswith((".", "/", "~")):
         raise UserError(f"model_name_or_path={name!r}: no such folder; name a model folder or a Hub id")
     if folder.is_dir():
+        from .weights import check_folder
+
+        check_folder(folder)
         pickled = [
             p.name
             for p in folder.glob("*")

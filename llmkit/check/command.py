@@ -49,7 +49,9 @@ def run_command(
         out = Path(folder) / "report.json"
         wanted = {"package": str(PACKAGE), "out": str(out), "settings": dataclasses.asdict(settings)}
         path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
-        child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path, WANTED: json.dumps(wanted)})
+        environment = os.environ | {"PYTHONPATH": path, WANTED: json.dumps(wanted)}
+        stdout = None if settings.format == "text" else 2  # stderr: our own output is for a program
+        child = subprocess.Popen(command, env=environment, stdout=stdout)
         try:
             while True:
                 try:

@@ -75,22 +75,26 @@ def print_report(report: Report, console: Console) -> None:
     passed = [c for c in report.checks if c.status == "pass"]
     width = max((len(c.id) for c in passed), default=0)
     for c in passed:
-        limit = Text(f"  limit {printable(c.limit)}", style="dim") if c.limit else Text()
-        _hang(console, _head(c, width), Text(printable(c.measured)).append_text(limit), is_short=True)
+        print_result(c, console, width)
     if reasons := not_applicable(report):
         text = "; ".join(printable(reason) + (f" ({count})" if count > 1 else "") for reason, count in reasons)
         head = Text(f"{MARK['not_applicable']:<4}  ", style="dim")
-        _hang(console, head, Text(f"{report.count('not_applicable')} checks: {text}", style="dim"))
+        hang(console, head, Text(f"{report.count('not_applicable')} checks: {text}", style="dim"))
     for status in ("warn", "not_run", "fail"):
         for c in report.checks:
             if c.status == status:
-                _print_finding(c, console)
+                _line(console, Text())
+                print_result(c, console)
     _print_end(report, console)
 
 
-def _print_finding(c: CheckResult, console: Console) -> None:
-    _line(console, Text())
-    _hang(console, _head(c), Text(printable(c.title), style="dim"))
+def print_result(c: CheckResult, console: Console, width: int = 0) -> None:
+    """One line where it passed (`width`: of the ids, to align them); else what was found, where, and what to do."""
+    if c.status == "pass":
+        limit = Text(f"  limit {printable(c.limit)}", style="dim") if c.limit else Text()
+        hang(console, _head(c, width), Text(printable(c.measured)).append_text(limit), is_short=True)
+        return
+    hang(console, _head(c), Text(printable(c.title), style="dim"))
     lines = [("why" if c.status == "not_run" else "found", printable(c.measured))]
     lines += [("limit", printable(c.limit))] if c.limit else []
     lines += [("" if i else "where", evidence_line(e)) for i, e in enumerate(c.evidence[:SHOWN_EVIDENCE])]
@@ -98,7 +102,7 @@ def _print_finding(c: CheckResult, console: Console) -> None:
         lines.append(("", f"and {len(c.evidence) - SHOWN_EVIDENCE} more"))
     lines += [advice(c)] if c.fix else []
     for name, text in lines:
-        _hang(console, Text(f"      {name:<7}", style="bold" if name == "do" else "dim"), Text(text))
+        hang(console, Text(f"      {name:<7}", style="bold" if name == "do" else "dim"), Text(text))
 
 
 def _print_end(report: Report, console: Console) -> None:
@@ -110,7 +114,7 @@ def _print_end(report: Report, console: Console) -> None:
     if len(failed) > 1:  # a single one stands right above
         width = max(len(c.id) for c in failed)
         for c in failed:
-            _hang(console, _head(c, width), Text(printable(c.title or c.measured)), is_short=True)
+            hang(console, _head(c, width), Text(printable(c.title or c.measured)), is_short=True)
     _line(console, Text(report.summary(), style="bold"))
     if worst:
         _line(console, Text(f"more: llmkit check --explain {worst[0].id}", style="dim"))
@@ -124,7 +128,7 @@ def _line(console: Console, text: Text) -> None:
     console.print(text, no_wrap=True, overflow="ignore", crop=False, highlight=False)
 
 
-def _hang(console: Console, head: Text, body: Text, is_short: bool = False) -> None:
+def hang(console: Console, head: Text, body: Text, is_short: bool = False) -> None:
     """Wraps the body beside its head; `is_short`: on a terminal one line, cut where it ends."""
     room = max(console.width - head.cell_len, 20)
     if is_short and console.is_terminal:

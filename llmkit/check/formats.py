@@ -2,15 +2,19 @@
 
 from xml.etree import ElementTree
 
-from .console import evidence_line
+from .console import advice, evidence_line
 from .report import CheckResult, Report
 
 LEVELS = {"fail": "error", "warn": "warning", "not_run": "warning"}
+SHOWN_EVIDENCE = 5
 
 
 def _text(c: CheckResult) -> str:
-    lines = [c.measured, *(f"limit: {c.limit}" for _ in [0] if c.limit), *map(evidence_line, c.evidence[:5])]
-    return "\n".join([*lines, *(f"do: {' '.join(c.fix.split())}" for _ in [0] if c.fix)])
+    """Title, finding, evidence and advice, a line each."""
+    lines = [c.title, c.measured, f"limit: {c.limit}" if c.limit else ""]
+    lines += [evidence_line(item) for item in c.evidence[:SHOWN_EVIDENCE]]
+    lines += [": ".join(advice(c)) if c.fix else ""]
+    return "\n".join(filter(None, lines))
 
 
 def _escaped(text: str, extra: str = "") -> str:
@@ -35,19 +39,24 @@ def junit(report: Report) -> str:
     counts = {"tests": len(report.checks), "failures": report.count("fail"), "errors": report.count("not_run"),
               "skipped": report.count("not_applicable")}  # fmt: skip
     suite = ElementTree.Element(
-        "testsuite", name=f"llmkit check {report.target}", **{k: str(v) for k, v in counts.items()}
+        "testsuite", name=_clean(f"llmkit check {report.target}"), {k: str(v) for k, v in counts.items()}
     )
     for c in report.checks:
         case = ElementTree.SubElement(suite, "testcase", classname=c.family, name=c.id, time=f"{c.seconds:.3f}")
-        kind = {"fail": "failure", "not_run": "error", "not_applicable": "skipped", "warn": "system-out"}.get(c.status)
-        if kind in ("failure", "error", "skipped"):
-            ElementTree.SubElement(case, kind, message=_clean(c.measured)).text = _clean(_text(c))
-        elif kind:
-            ElementTree.SubElement(case, kind).text = _clean(f"warning: {_text(c)}")
+        text = _clean(_text(c))
+        if c.status == "warn":
+            ElementTree.SubElement(case, "system-out").text = f"warning: {text}"
+        elif c.status == "not_applicable":
+            ElementTree.SubElement(case, "skipped", message=_clean(c.measured))
+        elif c.status != "pass":
+            kind = "failure" if c.status == "fail" else "error"
+            ElementTree.SubElement(case, kind, message=_clean(c.measured)).text = text
     ElementTree.indent(suite)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode")
 
 
 def _clean(text: str) -> str:
-    """Without the control characters that XML 1.0 forbids."""
-    return "".join(c for c in text if c in "\t\n\r" or (ord(c) >= 32 and not 0xD800 <= ord(c) <= 0xDFFF))
+    """Without the characters that XML 1.0 forbids."""
+    return "".join(
+        c for c in text if c in "\t\n\r" or 32 <= ord(c) < 0xD800 or 0xDFFF < ord(c) < 0xFFFE or ord(c) > 0xFFFF
+    )

@@ -26,7 +26,7 @@ CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 64rem;
   margin: 1.6rem auto; padding: 0 1.25rem; overflow-wrap: anywhere; }
 h1 { font-size: 1rem; font-weight: 600; margin: 0; color: var(--soft); } h1 b { color: var(--ink); }
-h2 { font-size: 1.05rem; margin: 1.6rem 0 .5rem; }
+h2 { font-size: 1.05rem; margin: 1.6rem 0 .5rem; } h2, h3 { break-after: avoid; } li, tr { break-inside: avoid; }
 .verdict { font-size: 1.35rem; font-weight: 650; margin: .3rem 0 .5rem; }
 .counts { display: flex; flex-wrap: wrap; gap: .35rem 1.1rem; padding: 0; margin: 0; list-style: none; }
 .soft { color: var(--soft); } .small { font-size: .9rem; }
@@ -38,7 +38,7 @@ ol.list li { padding: .3rem 0 .3rem 5.5rem; border-top: 1px solid var(--line); p
 ol.list p { margin: 0; } ol.list .mark { position: absolute; left: 0; }
 a { color: inherit; text-underline-offset: .15em; } a.id, h3 { font-weight: 650; }
 article { border: 1px solid var(--line); border-left: 5px solid var(--soft); border-radius: .4rem;
-  background: var(--card); padding: .6rem 1rem .7rem; margin: .7rem 0; break-inside: avoid; }
+  background: var(--card); padding: .6rem 1rem .7rem; margin: .7rem 0; }
 article.fail { border-left-color: var(--fail); } article.warn { border-left: 5px dashed var(--warn); }
 article.not_run { border-left: 5px dotted var(--not_run); }
 h3 { margin: 0; font-size: 1.02rem; } h3 .soft { font-weight: 400; }
@@ -51,7 +51,7 @@ pre { margin: .1rem 0 0; padding: .3rem .5rem; background: var(--paper); border:
   font: .86rem/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 pre i { font-style: normal; color: var(--sign); }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-td, th { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); }
+td, th { text-align: left; vertical-align: top; overflow-wrap: break-word; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); }
 tr.pass td:nth-child(-n+2) { white-space: nowrap; } summary { cursor: pointer; margin: 1.4rem 0 .4rem; font-weight: 600; }
 @media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dt { margin-top: .3rem; } td { white-space: normal !important; } }
 @media print { body { margin: 0; max-width: none; font-size: 10.5pt; } }
@@ -178,4 +178,4 @@ def _not_applicable(report: Report) -> str:
     ids = {reason: [c.id for c in report.checks if c.measured == reason] for reason, _ in reasons}
     rows = "".join(f"<tr><td>{_text(r)}</td><td>{_text(', '.join(ids[r]))}</td></tr>" for r, _ in reasons)
     summary = f"<summary>{_checks(report.count('not_applicable'))} did not apply</summary>"
-    return f'<details class="why">{summary}<table>{rows}</table></details>'
+    return f"<details>{summary}<table>{rows}</table></details>"

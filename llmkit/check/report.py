@@ -49,7 +49,7 @@ class Report:
         return sum(c.status == status for c in self.checks)
 
     def __getitem__(self, id: str) -> CheckResult:
-        return next(c for c in self.checks if c.id == id)
+        return {c.id: c for c in self.checks}[id]
 
     @property
     def exit_code(self) -> int:

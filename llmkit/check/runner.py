@@ -141,7 +141,7 @@ def select(selection: Selection) -> list[Check]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Libraries say little while a check plays with them; nothing of that concerns the user."""
     from transformers.utils import logging as hf_logging
 
@@ -172,7 +172,7 @@ def run_one(item: Check, subject: Subject, ignored: str | None = None) -> CheckR
     result = CheckResult(item.id, item.family, item.tier, "not_run", title=item.title)
     try:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_quiet())
+            stack.enter_context(quiet())
             stack.enter_context(same_random_state())
             if subject.training is not None:
                 stack.enter_context(subject.training.unchanged())

@@ -1,95 +1,86 @@
-"""The tokenizer and its ids: bounds, control tokens, BOS, round trips, what it is after a save and beside its parent.
+"""The tokenizer's ids: within the model's rows, one for each control token, the model's own, one BOS.
 
-Owns the tier-0 checks that need no template. Leaves out what templates do (`template.py`) and rows of a trainer's own
-making (`rows.py`), except for the BOS at their beginning.
+Owns the tier-0 checks K1 to K3. Leaves out round trips (`torture.py`), what templates do (`template.py`) and rows of a
+trainer's own making (`rows.py`), except for the BOS in them.
 """
 
 import json
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from .audit import closing_ids
+from .conversations import conversation
 from .runner import Outcome, check, failed, passed, warned
-from .spans import segments, special_texts, template_marks
-from .subject import NotApplicable, NotRun, Subject
+from .spans import SENTINELS, decode, template_marks
+from .subject import LabelledRow, NotApplicable, NotRun, Subject
+from .torture import encode  # whose checks are of this family as well
 
-# what gets lost: white space, scripts, joined emoji, code. A sample is judged by what the tokenizer can spell at all.
-TORTURE = {
-    "newlines": "one\n\ntwo\nthree\n",
-    "tabs and indents": "def f():\n\tif x:\n\t\treturn 1\n    y = 2\n",
-    "CRLF": "a\r\nb\r\n",
-    "trailing blanks": "end   ",
-    "leading blanks": "   start",
-    "runs of blanks": "a  b   c    d",
-    "digits": "1234567890 3.14159 1,000,000 2026-11-25",
-    "code": 'for (int i=0; i<n; ++i) { a[i] = "x\\n"; }  // end',
-    "accents": "Ünïcödé naïve façade",
-    "decomposed accents": "e\u0301 a\u0308 n\u0303",
-    "joined emoji": "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f44d\U0001f3fd",
-    "right to left": "שלום عربى",
-    "ideographs": "你好，世界。こんにちは",
-    "punctuation": 'Hello , world ! don\'t "quote" ... (a) [b]',
-}
-WHITE = ("newlines", "tabs and indents", "trailing blanks", "runs of blanks", "CRLF", "leading blanks")
-TURN = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?[a-zA-Z_]{1,24}>")  # <|im_end|>, <end_of_turn>, </s>
-CONTROL = re.compile(r"turn|start|end|im_|eot|bos|eos|system|user|assistant|^</?s>$", re.I)
-
-
-def encode(tokenizer: Any, text: str, special: bool = False) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
-
-
-def decode(tokenizer: Any, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def first_difference(a: Any, b: Any) -> int:
-    """Where two sequences part; the length of the shorter one where it begins the other."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def own_texts(subject: Subject) -> list[str]:
-    """A few dozen texts of the user's rows, their beginnings."""
-    rows = subject.rows[:40]
-    found = [v for row in rows for v in row.values() if isinstance(v, str)]
-    turns = [m for row in rows for m in row.get("messages") or [] if isinstance(m, dict)]
-    found += [m["content"] for m in turns if isinstance(m.get("content"), str)]
-    return [text[:400] for text in found[:60]]
+# <|im_end|>, <end_of_turn>, </s>, <｜Assistant｜>, <turn|>: what templates write as control tokens
+LITERAL = re.compile(r"<[|｜][^|｜<>\s]{1,40}[|｜]?>|</?[a-zA-Z_]{1,24}[|｜]?>")
+STRUCTURE = re.compile(r"turn|start|end|begin|im_|eot|eom|bos|eos|header|^</?s>$", re.I)
+ROLE = re.compile(r"system|user|assistant|human|bot|model|tool|observation|developer", re.I)
+PLACEHOLDER = re.compile(r"image|audio|video|vision", re.I)  # of a multimodal sibling: Gemma 3's text model has one
 
 
 def embedding_rows(subject: Subject) -> int | None:
-    """Of the live model, or what its config promises."""
+    """Of the live model, the smaller of embedding and head, or what its config promises."""
     if subject.model is not None:
         inner = subject.model.get_base_model() if hasattr(subject.model, "get_base_model") else subject.model
-        return inner.get_input_embeddings().num_embeddings
-    config = subject.config.get_text_config() if hasattr(subject.config, "get_text_config") else subject.config
+        names = ("get_input_embeddings", "get_output_embeddings")
+        layers = [getattr(inner, name)() for name in names if hasattr(inner, name)]
+        weights = [w for layer in layers if isinstance(w := getattr(layer, "weight", None), Tensor)]
+        rows = [w.shape[0] for w in weights if w.ndim == 2 and w.is_floating_point()]  # a quantised head is packed
+        if any(rows):  # a tensor that is sharded away has none
+            return min(filter(None, rows))
+    config = subject.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(config, "vocab_size", None)
+
+
+def _generation_config(subject: Subject) -> Any:
+    generation = getattr(subject.model, "generation_config", None)
+    if generation is None and subject.folder and (subject.folder / "generation_config.json").is_file():
+        return json.loads((subject.folder / "generation_config.json").read_text(encoding="utf-8"))
+    return generation
+
+
+def _text_config(subject: Subject) -> Any:
+    config = getattr(subject.model, "config", None) or subject.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def named_ids(subject: Subject, kind: str) -> set[int]:
     """bos_token_id, eos_token_id or pad_token_id of config and generation config, as a set."""
     found: set[int] = set()
-    generation = getattr(subject.model, "generation_config", None)
-    if generation is None and subject.folder and (subject.folder / "generation_config.json").is_file():
-        generation = json.loads((subject.folder / "generation_config.json").read_text(encoding="utf-8"))
-    config = getattr(subject.model, "config", None) or subject.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for holder in (config, generation):
+    for holder in (_text_config(subject), _generation_config(subject)):
         value = holder.get(kind) if isinstance(holder, dict) else getattr(holder, kind, None)
         found |= {v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, int)}
     return found
 
 
+def _rows(subject: Subject) -> list[LabelledRow]:
+    try:
+        return subject.labelled_rows(50)
+    except (NotApplicable, NotRun):
+        return []
+
+
+# K1: bounds
+
+
 @check("ids-beyond-embedding", family="tokenizer", tier=0, catalogue="K1")
 def ids_beyond_embedding(subject: Subject) -> Outcome:
-    """The tokenizer has ids for which the model has no row.
+    """The tokenizer or the rows have ids for which the model has no row.
 
     Symptom: an index error in the middle of an epoch, or a device-side assert with no message.
     Example: tokens added to the tokenizer without `model.resize_token_embeddings`.
-    Detected: the largest id of the vocabulary against the rows of the embedding.
-    Tolerance: none.
+    Detected: the largest id of the vocabulary and of the rows that are trained on, against the rows of the embedding
+        and of the head.
+    Tolerance: none. A placeholder for images or sound that nothing writes: a warning (Gemma 3's text models).
     Spares: more rows than ids (padded vocabularies: Qwen, Gemma).
     Fix: model.resize_token_embeddings(len(tokenizer)) where that is more rows than now.
     Sources: transformers#2825, LLM-Shearing#65.
@@ -101,10 +92,62 @@ def ids_beyond_embedding(subject: Subject) -> Outcome:
     vocabulary = subject.tokenizer.get_vocab()
     largest = max(vocabulary.values())
     beyond = sorted((i, token) for token, i in vocabulary.items() if i >= rows)
-    if beyond:
-        evidence = [{"ids": [i], "note": f"token {token!r}"} for i, token in beyond[:5]]
-        return failed(f"{len(beyond)} ids, up to {largest}, for {rows} rows", f"largest id {rows - 1}", evidence)
-    return passed(f"largest id {largest}, {rows} rows", f"largest id {rows - 1}")
+    evidence: list[dict[str, Any]] = [{"ids": [i], "note": f"token {token!r}"} for i, token in beyond[:5]]
+    measured, limit = f"largest id {largest}, {rows} rows", f"largest id {rows - 1}"
+    for row in _rows(subject):
+        at = next((k for k, i in enumerate(row.input_ids) if not 0 <= i < rows), None)
+        if at is not None:
+            ids = row.input_ids[at : at + 8]
+            measured = f"a row holds id {ids[0]}, the model has {rows} rows"
+            return failed(measured, limit, [{"row": row.index, "position": at, "ids": ids}, *evidence])
+    if not beyond:
+        return passed(measured, limit)
+    measured = f"{len(beyond)} ids, up to {largest}, for {rows} rows"
+    source = str(getattr(subject.tokenizer, "chat_template", None))
+    if all(PLACEHOLDER.search(token) and token not in source for _, token in beyond):
+        return warned(measured, limit, evidence, "keep images and sound away from this model")
+    return failed(measured, limit, evidence)
+
+
+@check("ids-overflow-storage", family="tokenizer", tier=0, catalogue="K1")
+def ids_overflow_storage(subject: Subject) -> Outcome:
+    """The stored rows use an integer type that is too small for the vocabulary.
+
+    Symptom: nothing fails; nearly half of the tokens are others than the text says.
+    Example: np.uint16 with a vocabulary of 128,000: ids wrap around at 65,536.
+    Detected: the largest value of the type in which the training set holds its ids, against the largest id.
+    Tolerance: none.
+    Spares: data sets that are tokenised on the fly, and lists of Python integers.
+    Fix: store ids as uint32.
+    Sources: transformers#2825, LLM-Shearing#65, distillm#14.
+    """
+    subject.need("tokenizer", "training")
+    dataset = getattr(getattr(subject.training, "trainer", None), "train_dataset", None)
+    name = _stored_type(dataset)
+    if name is None:
+        raise NotApplicable("the training set does not hold ids in an integer type")
+    largest, most = max(subject.tokenizer.get_vocab().values()), int(np.iinfo(name).max)
+    measured, limit = f"largest id {largest}, stored as {name}", f"largest id {most}"
+    if largest > most:
+        return failed(measured, limit, [{"ids": [largest], "note": f"would be stored as {largest % (most + 1)}"}])
+    return passed(measured, limit)
+
+
+def _stored_type(dataset: Any) -> str | None:
+    """The integer type of `input_ids`: of a table's column, or of the array that a data set of one's own reads from."""
+    feature = (getattr(dataset, "features", None) or {}).get("input_ids")
+    names = [getattr(getattr(feature, "feature", None), "dtype", None)]
+    for holder in (dataset, getattr(dataset, "dataset", None)):
+        arrays = [v for v in getattr(holder, "__dict__", {}).values() if isinstance(v, np.ndarray)]
+        names += [str(a.dtype) for a in arrays if a.size > 1]
+    try:
+        item = dataset[0]
+        value = item.get("input_ids") if hasattr(item, "get") else None
+        names.append(str(getattr(value, "dtype", "")).removeprefix("torch."))
+    except Exception:  # a stream, or a data set that wants another index
+        pass
+    whole = [n for n in names if isinstance(n, str) and re.fullmatch(r"u?int\d+", n)]
+    return min(whole, key=lambda n: np.iinfo(n).max) if whole else None
 
 
 @check("embedding-rows-lost", family="tokenizer", tier=0, catalogue="K1")
@@ -129,19 +172,58 @@ def embedding_rows_lost(subject: Subject) -> Outcome:
     rows = embedding_rows(subject)
     if before is None or rows is None:
         raise NotRun("one of the configs names no vocab_size")
+    measured, limit = f"{rows} rows, the reference has {before}", f"{before} rows"
     if rows < before:
-        return failed(
-            f"{rows} rows, the reference has {before}", f"{before}", [{"note": f"{before - rows} rows are gone"}]
-        )
-    return passed(f"{rows} rows, the reference has {before}", f"{before}")
+        return failed(measured, limit, [{"note": f"{before - rows} rows are gone"}])
+    return passed(measured, limit)
 
 
-def _turn_literals(tokenizer: Any) -> list[str]:
-    """Control literals that the template writes around contents."""
-    found = segments(tokenizer, ("user", "assistant", "user", "assistant")) or []
-    found += segments(tokenizer, ("system", "user", "assistant")) or []
-    literals = dict.fromkeys(m for part in found for m in TURN.findall(part))
-    return [x for x in literals if x.startswith("<|") or CONTROL.search(x.strip("<>/")) or x in ("<s>", "</s>")]
+# K2: control tokens
+
+
+def _declared(tokenizer: Any) -> dict[str, str]:
+    names = ("bos_token", "eos_token", "pad_token")
+    return {name: token for name in names if (token := getattr(tokenizer, name, None))}
+
+
+def _pieces(tokenizer: Any, text: str) -> list[int]:
+    """Its ids, but for a dummy prefix."""
+    ids = encode(tokenizer, text)
+    return [i for k, i in enumerate(ids) if k or len(ids) == 1 or decode(tokenizer, [i]).strip()]
+
+
+def _undeclared_id(tokenizer: Any, name: str, token: str) -> dict[str, Any] | None:
+    """Evidence where a declared special token does not encode to the id that is declared for it."""
+    ids, wanted = _pieces(tokenizer, token), getattr(tokenizer, f"{name}_id")
+    if wanted is None or (wanted == tokenizer.unk_token_id and token != tokenizer.unk_token):
+        return {"ids": ids, "note": f"{name} {token!r} is not in the vocabulary"}
+    if ids != [wanted]:
+        return {"ids": ids, "note": f"{name} {token!r} encodes to {len(ids)} ids, its own is {wanted}"}
+    return None
+
+
+def _written(tokenizer: Any) -> tuple[list[str], str, str] | None:
+    """Control literals that the template writes, the one that ends an answer ('' for none), and a text that it wrote.
+
+    None without a template that renders.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        messages, text = conversation(tokenizer)
+    except NotRun:
+        return None
+    parts = re.split("|".join(SENTINELS[: len(messages)]), text)
+    literals = dict.fromkeys(literal for part in parts for literal in LITERAL.findall(part))
+    kept = [x for x in literals if STRUCTURE.search(x.strip("<>/|｜")) or x in ("<s>", "</s>") or "|" in x or "｜" in x]
+    behind = LITERAL.search(parts[-1]) if messages[-1]["role"] == "assistant" else None
+    return kept, behind[0] if behind else "", text
+
+
+def _is_single(tokenizer: Any, literal: str, ids: list[int]) -> bool:
+    """One id by itself, and recognised where the template writes it (among `ids`)."""
+    alone = _pieces(tokenizer, literal)
+    return len(alone) == 1 and alone[0] != tokenizer.unk_token_id and alone[0] in ids
 
 
 @check("special-token-split", family="tokenizer", tier=0, catalogue="K2")
@@ -150,32 +232,48 @@ def special_token_split(subject: Subject) -> Outcome:
 
     Symptom: the end of a turn is never recognised, generation goes on; each marker costs six tokens.
     Example: a ChatML template on a base tokenizer that has no <|im_end|>.
-    Detected: every <|...|> and turn marker that the template writes, and the declared BOS, EOS and padding, are
-        encoded: one id each, the declared one.
-    Tolerance: none.
+    Detected: the declared BOS, EOS and padding are encoded, and so is a conversation with every <|...|> and turn marker
+        that the template writes: one id each, the declared one.
+    Tolerance: none for declared tokens, ends of turns and markers of structure (start, end, turn, header). Role
+        markers that are all spelled (<|user|> in Zephyr): a warning.
     Spares: markers that are words by design: [INST], ### Response:, <think>, <tools>.
     Fix: add them as special tokens (`tokenizer.add_special_tokens`), resize the embedding, train the new rows.
     Sources: fms-hf-tuning#470, llama.cpp#2820, xtuner#105.
     """
     subject.need("tokenizer")
-    tokenizer, bad = subject.tokenizer, []
-    declared = {k: getattr(tokenizer, k) for k in ("bos_token", "eos_token", "pad_token")}
-    for name, token in declared.items():
-        ids = encode(tokenizer, token) if token else None
-        wanted = getattr(tokenizer, f"{name}_id")
-        if ids is not None and ids != [wanted]:
-            bad.append({"ids": ids, "note": f"{name} {token!r} encodes to {len(ids)} ids, its own is {wanted}"})
-    literals = _turn_literals(tokenizer)
-    for literal in literals:
-        ids = encode(tokenizer, literal)
-        if len(ids) != 1 and literal not in declared.values():
-            bad.append({"ids": ids, "note": f"the template's {literal!r} encodes to {len(ids)} ids"})
-    count = len(set(literals) | {t for t in declared.values() if t})
+    tokenizer = subject.tokenizer
+    declared = _declared(tokenizer)
+    bad = [item for name, token in declared.items() if (item := _undeclared_id(tokenizer, name, token))]
+    written = _written(tokenizer)
+    literals: list[str] = []
+    spelled: list[dict[str, Any]] = []
+    if written:
+        literals, end, text = written
+        ids = encode(tokenizer, text)
+        is_single = {x: _is_single(tokenizer, x, ids) for x in literals}
+        has_single_roles = any(is_single[x] for x in literals if ROLE.search(x))
+        for literal in [x for x in literals if not is_single[x]]:
+            note = f"the template's {literal!r} is spelled by {len(encode(tokenizer, literal))} ids"
+            item = {"ids": encode(tokenizer, literal), "note": note}
+            is_structure = bool(STRUCTURE.search(literal.strip("<>/|｜"))) or literal in ("<s>", "</s>")
+            is_worse = is_structure or literal == end or (has_single_roles and ROLE.search(literal))
+            (bad if is_worse else spelled).append(item)
+    count = len(set(literals) | set(declared.values()))
     if not count:
         raise NotApplicable("no special token is declared, and no template writes one")
     if bad:
-        return failed(f"{len(bad)} of {count} control tokens are not one id", "one id each", bad)
+        return failed(f"{len(bad) + len(spelled)} of {count} control tokens are not one id", "one id each", bad)
+    if spelled:
+        return warned(f"{len(spelled)} of {count} markers are spelled, as words are", "one id each", spelled)
     return passed(f"{count} control tokens are one id each", "one id each")
+
+
+def turn_ends(tokenizer: Any) -> set[int]:
+    """Ids of the tokens behind an answer in the template: special tokens, and added ones that are not called so."""
+    found = closing_ids(tokenizer, template_marks(tokenizer))
+    written = _written(tokenizer)
+    end = encode(tokenizer, written[1]) if written and written[1] and not found else []
+    return found | set(end if len(end) == 1 and end[0] != tokenizer.unk_token_id else [])
 
 
 @check("stop-token-missing", family="tokenizer", tier=0, catalogue="K2")
@@ -193,8 +291,7 @@ def stop_token_missing(subject: Subject) -> Outcome:
     """
     subject.need("tokenizer")
     tokenizer = subject.tokenizer
-    marks = template_marks(tokenizer)
-    closing = closing_ids(tokenizer, marks)
+    closing = turn_ends(tokenizer)
     if not closing:
         raise NotApplicable("no template that ends a turn by a control token")
     stops = named_ids(subject, "eos_token_id") | {tokenizer.eos_token_id} - {None}
@@ -207,46 +304,93 @@ def stop_token_missing(subject: Subject) -> Outcome:
     return passed(f"{shown} stops generation", "one of the stop tokens")
 
 
+def own_tokenizer(subject: Subject) -> Any:
+    """The tokenizer of the folder that the model's weights came from, where that is another than the one given."""
+    name = str(subject.folder or getattr(_text_config(subject), "_name_or_path", "") or "")
+    folder = Path(name)
+    given = getattr(subject.tokenizer, "name_or_path", "")
+    if not name or (given and Path(given).resolve() == folder.resolve()) or not folder.is_dir() or not any(folder.glob("tokenizer*.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=subject.trust_remote_code)
+    except Exception:  # a folder whose tokenizer needs its own code says nothing
+        return None
+
+
+def _default_ids(subject: Subject, kind: str) -> set[Any]:
+    """What the class of the config has where nobody set it."""
+    try:
+        value = getattr(type(_text_config(subject))(), kind, None)
+    except Exception:  # a class that cannot be made without arguments
+        return set()
+    return set(value if isinstance(value, (list, tuple)) else [value])
+
+
+def _moved(mine: Any, theirs: Any) -> dict[str, Any] | None:
+    """Evidence where more than 1% of the tokens that both have carry another id, or texts have other ids."""
+    a, b = mine.get_vocab(), theirs.get_vocab()
+    common = [token for token in a if token in b]
+    moved = [token for token in common if a[token] != b[token]]
+    if len(moved) > 0.01 * len(common):
+        note = f"{len(moved)} of {len(common)} tokens that both have carry another id than the model's own tokenizer"
+        return {"ids": [a[moved[0]]], "note": note}
+    if len(common) < 0.5 * min(len(a), len(b)):
+        return {"note": f"only {len(common)} of {len(b)} tokens of the model's own tokenizer are in it"}
+    return None
+
+
 @check("tokenizer-of-another-model", family="tokenizer", tier=0, catalogue="K2")
 def tokenizer_of_another_model(subject: Subject) -> Outcome:
     """The tokenizer does not belong to this model.
 
     Symptom: loss starts far above that of the base model and never comes down to it.
     Example: GPT-2's tokenizer on a Llama checkpoint.
-    Detected: ids of BOS and EOS in config and tokenizer, the size of the vocabulary against the rows; with --reference
-        the ids of common tokens.
-    Tolerance: rows may be twice the ids (padding, tokens to come); 1 % of common tokens may have moved.
-    Spares: extended tokenizers, another EOS chosen for chat.
-    Fix: load the tokenizer of the same folder as the model; align config.eos_token_id with it.
+    Detected: the ids of tokens in the model's own folder or in --reference; bos_token_id and eos_token_id of config and
+        generation config against the tokenizer's; the size of the vocabulary against the rows.
+    Tolerance: 1% of the ids. Without another tokenizer to compare with: no special id agrees, and two of BOS, EOS and
+        size do not fit (all three, where the config has the defaults of its class). Less than that is a warning.
+    Spares: padded vocabularies, added tokens, several stop tokens; models from scratch whose config kept the defaults.
+    Fix: use the tokenizer in the model's own folder; or set the ids of config and generation config.
     Sources: pytorch/rl#3887.
     """
     subject.need("tokenizer", "config")
-    tokenizer = subject.tokenizer
-    notes: list[dict[str, Any]] = []
-    for kind in ("bos_token_id", "eos_token_id"):
-        theirs, mine = named_ids(subject, kind), getattr(tokenizer, kind)
-        if theirs and mine is not None and mine not in theirs:
-            notes.append({"ids": [mine], "note": f"{kind}: tokenizer {mine}, model {sorted(theirs)}"})
+    tokenizer, limit = subject.tokenizer, "ids agree"
+    for other in (subject.reference_tokenizer, own_tokenizer(subject)):
+        if other is not None and (item := _moved(tokenizer, other)):
+            return failed("its ids are not those of the model's own tokenizer", limit, [item])
     rows, size = embedding_rows(subject) or 0, len(tokenizer)
-    is_small = rows > 2 * size + 64
-    if is_small:
+    notes: list[dict[str, Any]] = []
+    is_chosen, agree = True, 0
+    for kind in ("bos_token_id", "eos_token_id"):
+        theirs, mine = {i for i in named_ids(subject, kind) if not rows or i < rows}, getattr(tokenizer, kind)
+        if not theirs or mine is None:
+            continue
+        agree += mine in theirs
+        if mine not in theirs:
+            what = ", ".join(repr(t) for t in tokenizer.convert_ids_to_tokens([i for i in sorted(theirs) if i < size]))
+            note = f"{kind}: tokenizer {mine}, model {sorted(theirs)}" + (f", which is {what} here" if what else "")
+            notes.append({"ids": [mine], "note": note})
+            is_chosen = is_chosen and theirs != _default_ids(subject, kind)
+    differ = len(notes)
+    fits_not = rows and (rows > 2 * size + 64 or size > 1.05 * rows)
+    if fits_not:
         notes.append({"note": f"{size} ids for {rows} rows"})
-    if subject.reference_tokenizer is not None:
-        a, b = tokenizer.get_vocab(), subject.reference_tokenizer.get_vocab()
-        common = [token for token in a if token in b]
-        moved = [token for token in common if a[token] != b[token]]
-        if len(moved) > 0.01 * max(len(common), 1):
-            notes.append({"ids": [a[moved[0]]], "note": f"{len(moved)} of {len(common)} common tokens have another id"})
-            return failed(f"{len(moved)} ids differ from the reference's", "1%", notes)
     text = "; ".join(item["note"] for item in notes)
-    if len(notes) >= 2:
-        return failed(text, "ids agree", notes)
+    is_other = differ + bool(fits_not) >= (2 if is_chosen else 3)
+    if differ and not agree and is_other and not subject.is_scratch:
+        return failed(text, limit, notes)
     if notes:
-        return warned(text, "ids agree", notes)
-    return passed(f"BOS and EOS agree, {size} ids for {rows} rows", "ids agree")
+        return warned(text, limit, notes)
+    return passed(f"special ids agree, {size} ids for {rows} rows", limit)
 
 
-def _leading(ids: list[int], token: int, pad: int | None) -> int:
+# K3: BOS
+
+
+def leading(ids: list[int], token: int, pad: int | None) -> int:
+    """How often `token` stands at the beginning, behind padding."""
     count = 0
     for i in ids:
         if i == token:
@@ -256,60 +400,69 @@ def _leading(ids: list[int], token: int, pad: int | None) -> int:
     return count
 
 
-def _rows(subject: Subject) -> list[Any]:
-    try:
-        return subject.labelled_rows(50)
-    except (NotApplicable, NotRun):
+def conversation_ids(tokenizer: Any) -> list[int]:
+    """A conversation as apply_chat_template tokenises it; empty where the template takes none."""
+    if not getattr(tokenizer, "chat_template", None):
         return []
+    try:
+        messages, _ = conversation(tokenizer)
+        out = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+    except Exception:  # a template may refuse every conversation: its own checks say so
+        return []
+    ids = out["input_ids"]
+    return list(ids[0]) if ids and isinstance(ids[0], (list, tuple)) else list(ids)
+
+
+def _begins_answer(row: LabelledRow, bos: int) -> int | None:
+    """Where a BOS stands at the border of a masked prompt and its answer, in a row that begins with BOS."""
+    first = next((t for t, label in enumerate(row.labels) if label != -100), 0)
+    places = [t for t in (first - 1, first) if 0 < t < len(row.input_ids) and row.input_ids[t] == bos]
+    return places[0] if places and first > 1 and row.input_ids[0] == bos else None
 
 
 @check("double-bos", family="tokenizer", tier=0, catalogue="K3")
 def double_bos(subject: Subject) -> Outcome:
-    """A row begins with BOS twice.
+    """A row begins with BOS twice, or its answer begins with another one.
 
     Symptom: slightly worse everywhere, since no row of pretraining began like that.
-    Example: tokenizer(tokenizer.apply_chat_template(messages, tokenize=False)).
-    Detected: BOS at the beginning of the rows that are trained on, of a tokenised conversation and of a plain text.
+    Example: tokenizer(tokenizer.apply_chat_template(messages, tokenize=False)); prompt and answer encoded one by one.
+    Detected: BOS at the beginning of the rows that are trained on, of a tokenised conversation and of a plain text; and
+        between a masked prompt and its answer.
     Tolerance: one BOS.
-    Spares: tokenizers without BOS; BOS that is also EOS or padding. A template that writes BOS under a tokenizer that
-        adds it is fine as long as nobody encodes its text with special tokens.
+    Spares: tokenizers without BOS; in rows, a BOS that is also EOS or padding; templates that write BOS before every
+        turn. A template that writes BOS under a tokenizer that adds it is fine as long as nobody encodes its text with
+        special tokens.
     Fix: encode rendered text with add_special_tokens=False, or use apply_chat_template(tokenize=True).
-    Sources: open-r1#462, vllm#27515, sglang#888, trl#3328.
+    Sources: open-r1#462, vllm#27515, sglang#888, trl#3328, axolotl#1616.
     """
     subject.need("tokenizer")
     tokenizer = subject.tokenizer
-    bos = tokenizer.bos_token_id
-    if bos is None or bos in (tokenizer.eos_token_id, tokenizer.pad_token_id):
-        raise NotApplicable("the tokenizer has no BOS of its own")
-    counts = {"a plain text": _leading(encode(tokenizer, "Hello", True), bos, None)}
-    if getattr(tokenizer, "chat_template", None):
-        ids = _conversation_ids(tokenizer)
-        if ids:
-            counts["a conversation"] = _leading(ids, bos, None)
+    bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
+    if bos is None:
+        raise NotApplicable("the tokenizer has no BOS")
+    chat = conversation_ids(tokenizer)
+    counts = {"a plain text": leading(encode(tokenizer, "Hello", True), bos, None)}
+    counts |= {"a conversation": leading(chat, bos, None)} if chat else {}
     bad: list[dict[str, Any]] = [
-        {"ids": [bos] * n, "note": f"{where} begins with {n}"} for where, n in counts.items() if n > 1
+        {"ids": [bos] * n, "note": f"{where} begins with {n} BOS"} for where, n in counts.items() if n > 1
     ]
-    rows = _rows(subject)
+    rows = [] if bos in (tokenizer.eos_token_id, pad) else _rows(subject)
+    repeats = chat.count(bos) > 1
     for row in rows:
-        if (n := _leading(row.input_ids, bos, tokenizer.pad_token_id)) > 1:
-            text = decode(tokenizer, row.input_ids[:12])
-            bad.append({"row": row.index, "position": 1, "ids": row.input_ids[:12], "text": text, "note": f"{n} BOS"})
-    most = max([*counts.values(), *(_leading(r.input_ids, bos, tokenizer.pad_token_id) for r in rows)])
+        number, at = leading(row.input_ids, bos, pad), _begins_answer(row, bos)
+        if number > 1:
+            shown = row.input_ids[:12]
+            bad.append({"row": row.index, "position": 1, "ids": shown, "text": decode(tokenizer, shown),
+                        "note": f"{number} BOS"})  # fmt: skip
+        elif at is not None and not repeats:
+            shown = row.input_ids[at - 4 : at + 4]
+            bad.append({"row": row.index, "position": at, "ids": shown, "text": decode(tokenizer, shown),
+                        "note": "the answer begins with another BOS"})  # fmt: skip
+    looked = len(counts) + len(rows)
     if bad:
-        return failed(f"{most} BOS at the beginning", "1", bad[:6])
-    return passed(f"at most {most} BOS at the beginning of {len(counts) + len(rows)} rows", "1")
-
-
-def _conversation_ids(tokenizer: Any) -> list[int]:
-    for roles in (("user", "assistant"), ("user",)):
-        messages = [{"role": role, "content": "Hello"} for role in roles]
-        try:
-            out = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
-            ids = out["input_ids"]
-            return list(ids[0]) if ids and isinstance(ids[0], (list, tuple)) else list(ids)
-        except Exception:  # a template may refuse this conversation
-            continue
-    return []
+        return failed(f"{len(bad)} of {looked} texts and rows have a BOS too many", "1", bad[:6])
+    most = max([*counts.values(), *(leading(r.input_ids, bos, pad) for r in rows)])
+    return passed(f"at most {most} BOS at the beginning of {looked} texts and rows", "1")
 
 
 @check("missing-bos", family="tokenizer", tier=0, catalogue="K3")
@@ -318,217 +471,41 @@ def missing_bos(subject: Subject) -> Outcome:
 
     Symptom: perplexity of a pretrained model is absurd (Gemma: 5.9e9 instead of 3.46).
     Example: add_special_tokens=False on text that no template opens.
-    Detected: the tokenizer puts BOS before a plain text, and the rows that are trained on do not begin with it.
-    Tolerance: a tenth of the rows (packed and cut ones).
-    Spares: tokenizers that do not add BOS by themselves (GPT-2, Qwen); packed rows; models trained from scratch.
-        Where a template decides it is a warning: chat formats without BOS are in use.
+    Detected: the tokenizer (or that of --reference) puts BOS before a plain text, and the rows that are trained on do
+        not begin with it.
+    Tolerance: a tenth of the rows.
+    Spares: tokenizers that do not add BOS by themselves (GPT-2, Qwen); models trained from scratch; packed rows and
+        chunks of one length, which begin anywhere (a warning where none of them holds a BOS). A template without BOS
+        is a warning: such chat formats are in use.
     Fix: let the tokenizer add it, or put {{ bos_token }} at the beginning of the template.
     Sources: lm-eval#1465, #2049, transformers#29250.
     """
     subject.need("tokenizer")
-    tokenizer, bos = subject.tokenizer, subject.tokenizer.bos_token_id
-    if bos is None or _leading(encode(tokenizer, "Hello", True), bos, None) == 0:
+    tokenizer, bos, pad = subject.tokenizer, subject.tokenizer.bos_token_id, subject.tokenizer.pad_token_id
+    limit = "10% of rows"
+    parent = subject.reference_tokenizer
+    adds = bos is not None and leading(encode(tokenizer, "Hello", True), bos, None) > 0
+    if parent is not None and parent.bos_token_id is not None and not adds:
+        if leading(encode(parent, "Hello", True), parent.bos_token_id, None):
+            note = "the reference's tokenizer puts BOS before a text, this one does not"
+            return failed("the tokenizer adds no BOS any more", "BOS as in the reference", [{"note": note}])
+    if not adds:
         raise NotApplicable("the tokenizer adds no BOS by itself")
-    if subject.is_scratch or subject.settings.get("packing"):
-        raise NotApplicable("rows are packed, or the model starts from scratch")
-    rows = _rows(subject)
+    if subject.is_scratch:
+        raise NotApplicable("the model starts from scratch: it has no habit yet")
+    rows = [row for row in _rows(subject) if row.input_ids]
     if not rows:
         raise NotApplicable("no rows given")
-    without = [r for r in rows if _leading(r.input_ids, bos, tokenizer.pad_token_id) == 0]
-    text, limit = f"{len(without)} of {len(rows)} rows do not begin with BOS", "10% of rows"
+    is_cut = bool(subject.settings.get("packing")) or (len(rows) > 1 and len({len(r.input_ids) for r in rows}) == 1)
+    without = [r for r in rows if leading(r.input_ids, bos, pad) == 0]
+    if is_cut and any(bos in row.input_ids for row in rows):
+        without = []
+    text = f"{len(without)} of {len(rows)} rows do not begin with BOS"
     if len(without) <= 0.1 * len(rows):
         return passed(text, limit)
     shown = [
         {"row": r.index, "position": 0, "ids": r.input_ids[:8], "text": decode(tokenizer, r.input_ids[:8])}
         for r in without[:3]
     ]
-    return warned(text, limit, shown) if subject.is_chat else failed(text, limit, shown)
-
-
-def _spoken(tokenizer: Any, text: str) -> str:
-    """What the tokenizer's declared normaliser makes of a text: a change that is not a loss."""
-    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
-    return normalizer.normalize_str(text) if normalizer is not None else text
-
-
-def _splits_on_white(tokenizer: Any) -> bool:
-    """The pre-tokeniser throws white space away by design (WordPiece, word level)."""
-    try:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
-    except (AttributeError, ValueError):
-        return False
-    kinds = {state.get("type"), *(p.get("type") for p in state.get("pretokenizers", []))}
-    return bool(kinds & {"BertPreTokenizer", "Whitespace", "WhitespaceSplit"}) and not kinds & {
-        "ByteLevel",
-        "Metaspace",
-    }
-
-
-def _is_same_text(tokenizer: Any, text: str, back: str) -> bool:
-    """Equal, but for what normalisers and a dummy prefix are declared to do at the left edge."""
-    marked = "\u2581"
-    forms = {form.replace(marked, " ") for form in (text, _spoken(tokenizer, text))}
-    return any(back.replace(marked, " ").lstrip(" ") == form.lstrip(" ") for form in forms)
-
-
-@check("text-lost", family="tokenizer", tier=0, catalogue="K4")
-def text_lost(subject: Subject) -> Outcome:
-    """Encoding and decoding a text does not give it back.
-
-    Symptom: generated code has no line breaks or indents; spaces before punctuation vanish in answers.
-    Example: a newline that pre-tokenisation throws away; a control token declared with lstrip and rstrip.
-    Detected: a torture set (line breaks, tabs, indents, CRLF, trailing blanks, joined emoji, accents in both forms,
-        right to left, digits, code), the user's own rows, and text around each control token go there and back.
-    Tolerance: what the vocabulary can spell must come back; the normaliser's declared changes do not count.
-    Spares: characters that the vocabulary lacks (counted), a dummy prefix, NFKC and lower-casing normalisers,
-        tokenizers that split on white space by design (a warning), tokens that strip on one side.
-    Fix: keep white space in the pre-tokeniser and decoder; declare special tokens without lstrip and rstrip.
-    Sources: transformers#21120, #24569, #33371, tokenizers#959.
-    """
-    subject.need("tokenizer")
-    tokenizer = subject.tokenizer
-    unknown, samples = 0, dict(TORTURE)
-    lost: list[dict[str, Any]] = []
-    own = [str(v) for row in subject.rows[:40] for v in row.values() if isinstance(v, str)]
-    own += [
-        str(m.get("content")) for row in subject.rows[:40] for m in row.get("messages") or [] if isinstance(m, dict)
-    ]
-    samples |= {f"row text {k}": text[:400] for k, text in enumerate(own[:60]) if text}
-    for name, text in samples.items():
-        ids = encode(tokenizer, text)
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-            unknown += 1
-            continue
-        back = decode(tokenizer, ids)
-        if not _is_same_text(tokenizer, text, back):
-            at = next(
-                (i for i, (x, y) in enumerate(zip(text, back, strict=False)) if x != y), min(len(text), len(back))
-            )
-            start = max(0, at - 12)
-            note = f"{name}: comes back otherwise from character {at} on"
-            lost.append(
-                {
-                    "position": at,
-                    "ids": ids[:8],
-                    "text": f"{text[start : at + 12]} -> {back[start : at + 12]}",
-                    "note": note,
-                }
-            )
-    stripped = _stripping_tokens(tokenizer)
-    text = f"{len(lost)} of {len(samples) - unknown} samples come back otherwise"
-    text += f"; {unknown} hold characters outside the vocabulary" if unknown else ""
-    if stripped:
-        return failed(
-            f"{text}; white space around {stripped[0]['note'].split()[0]} is eaten", "0", [*stripped, *lost[:4]]
-        )
-    if lost:
-        is_own = any(item["note"].startswith("row text") for item in lost)
-        if _splits_on_white(tokenizer) and not is_own:
-            return warned(text, "0", lost[:5], "this tokenizer splits on white space: line breaks cannot be learned")
-        return failed(text, "0", lost[:6])
-    if unknown == len(samples):
-        raise NotRun("no sample can be spelled by this vocabulary")
-    return passed(text, "0")
-
-
-def _stripping_tokens(tokenizer: Any) -> list[dict[str, Any]]:
-    """Control tokens that eat white space on both sides of them."""
-    found = []
-    for token_id, token in getattr(tokenizer, "added_tokens_decoder", {}).items():
-        if not (getattr(token, "lstrip", False) and getattr(token, "rstrip", False)):
-            continue
-        text = f"a \n{token}\n b"
-        back = decode(tokenizer, encode(tokenizer, text))
-        if back != text and str(token) != getattr(tokenizer, "mask_token", None):
-            found.append({"ids": [token_id], "note": f"{token} strips both sides", "text": f"{text} -> {back}"})
-    return found
-
-
-def _fingerprint(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
-    return {
-        "ids": [encode(tokenizer, text) for text in texts],
-        "with special tokens": encode(tokenizer, "Hello", True),
-        "special ids": {k: getattr(tokenizer, f"{k}_id") for k in ("bos_token", "eos_token", "pad_token", "unk_token")},
-        "control tokens": special_texts(tokenizer),
-        "chat template": getattr(tokenizer, "chat_template", None),
-        "padding side": tokenizer.padding_side,
-        "vocabulary size": len(tokenizer),
-    }
-
-
-@check("tokenizer-changes-on-reload", family="tokenizer", tier=0, catalogue="K4")
-def tokenizer_changes_on_reload(subject: Subject) -> Outcome:
-    """The tokenizer that is saved is not the one that comes back.
-
-    Symptom: the published model answers worse than the one that was evaluated.
-    Example: a chat template that is not saved; a change of the backend that only lives in memory.
-    Detected: save_pretrained and from_pretrained in a temporary folder: ids of a torture set, special ids, template.
-    Tolerance: none.
-    Spares: fields that say where a tokenizer came from.
-    Fix: make the change before saving through the tokenizer's own methods, and save the template with it.
-    Sources: transformers#25814, LlamaFactory#5232, llama-cpp-rs#1096.
-    """
-    subject.need("tokenizer")
-    tokenizer = subject.tokenizer
-    if not hasattr(tokenizer, "save_pretrained"):
-        raise NotApplicable("the tokenizer cannot be saved")
-    texts = [*TORTURE.values(), *special_texts(tokenizer)[:20]]
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        try:
-            loaded = _load(tokenizer, folder)
-        except Exception as error:
-            note = f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
-            return failed("what was saved cannot be loaded", "equal", [{"note": note}])
-    a, b = _fingerprint(tokenizer, texts), _fingerprint(loaded, texts)
-    bad = [key for key in a if a[key] != b[key]]
-    evidence: list[dict[str, Any]] = []
-    for key in bad:
-        if key == "ids":
-            k = next(k for k in range(len(texts)) if a["ids"][k] != b["ids"][k])
-            evidence.append({"ids": b["ids"][k][:12], "text": texts[k], "note": f"was {a['ids'][k][:12]}"})
-        elif key == "chat template":
-            evidence.append({"note": "the chat template is another one" if b[key] else "the chat template is gone"})
-        else:
-            evidence.append({"note": f"{key}: {a[key]!r} -> {b[key]!r}"[:200]})
-    if bad:
-        return failed(f"{', '.join(bad)} changed", "equal", evidence)
-    return passed(f"{len(texts)} texts, special ids and template are the same", "equal")
-
-
-def _load(tokenizer: Any, folder: str) -> Any:
-    from transformers import AutoTokenizer
-
-    config = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
-    if "auto_map" in config or type(tokenizer).__module__.startswith("transformers_modules"):
-        return type(tokenizer).from_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
-@check("tokenizer-differs-from-reference", family="tokenizer", tier=0, catalogue="K4")
-def tokenizer_differs_from_reference(subject: Subject) -> Outcome:
-    """Texts have other ids than under the parent's tokenizer.
-
-    Symptom: a fine-tuned model starts far above its parent's loss.
-    Example: another pre-tokeniser expression after a conversion; digits split otherwise.
-    Detected: ids of a torture set and of the user's rows under this tokenizer and that of --reference.
-    Tolerance: none.
-    Spares: tokens that were added; a message that a library prints says nothing, only ids do.
-    Fix: use the parent's tokenizer.json and add tokens to it.
-    Sources: transformers#42131, #42591, Tokenicer#61.
-    """
-    subject.need("tokenizer", "reference_tokenizer")
-    mine, theirs = subject.tokenizer, subject.reference_tokenizer
-    added = [t for t in special_texts(mine) if t not in theirs.get_vocab()]
-    texts = {**TORTURE, **{f"row text {k}": text for k, text in enumerate(own_texts(subject))}}
-    bad = []
-    for name, text in texts.items():
-        a, b = encode(mine, text), encode(theirs, text)
-        if a != b and not any(t in text for t in added):
-            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-            bad.append(
-                {"position": at, "ids": a[:12], "text": text[:60], "note": f"{name}: the reference has {b[:12]}"}
-            )
-    if bad:
-        return failed(f"{len(bad)} of {len(texts)} texts have other ids", "0", bad[:5])
-    return passed(f"{len(texts)} texts have the reference's ids", "0")
+    is_template = subject.is_chat and not leading(conversation_ids(tokenizer), bos, None)
+    return warned(text, limit, shown) if is_cut or is_template else failed(text, limit, shown)

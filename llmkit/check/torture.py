@@ -10,7 +10,7 @@ Leaves out ids and control tokens (`tokenizer.py`).
 import json
 import tempfile
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ class Nature:
     adds_blank: bool  # a blank before a word
 
 
-def _types(state: Any) -> Iterable[str]:
+def _types(state: Any) -> Iterator[str]:
     if isinstance(state, dict):
         yield from (state["type"] for _ in range(isinstance(state.get("type"), str)))
         for value in state.values():
@@ -196,12 +196,8 @@ def difference(text: str, back: str) -> str | None:
         return "edge"
     if _is_part(text.strip(), back):
         return "inserted"
-    return "blanks" if " ".join(text.split(" ")).split() == back.split() and _only_blanks(text, back) else "white"
-
-
-def _only_blanks(text: str, back: str) -> bool:
-    """The same line breaks and tabs, other runs of blanks."""
-    return [p for p in text.strip().replace(" ", "")] == [p for p in back.strip().replace(" ", "")]
+    is_blank_only = text.split() == back.split() and text.strip().replace(" ", "") == back.strip().replace(" ", "")
+    return "blanks" if is_blank_only else "white"
 
 
 def alterations(tokenizer: Any, texts: dict[str, str]) -> tuple[list[Alteration], dict[str, set[str]]]:
@@ -304,7 +300,8 @@ def text_lost(subject: Subject) -> Outcome:
             {"text": "".join(sorted(beyond[name])) or own[name][:40], "note": f"{name}: characters without an id"}
             for name in sorted(missing)[:3]
         ]
-    fix = "nothing, if this tokenizer is meant to: it can teach no line breaks or indents" if lost else None
+    is_white = any(item.what in ("white", "blanks") for item in lost)
+    fix = "none, if this tokenizer is meant to drop white space: no model can learn it then" if is_white else None
     return warned(measured, "0", evidence, fix) if evidence else passed(measured, "0")
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import Trainer
 
 import llmkit.check
+from llmkit.check import shrink, subject
 from llmkit.check.hf_trainer import HFTraining
 from llmkit.check.live import patch_forward_as
 from llmkit.check.subject import redraw_
@@ -176,8 +177,8 @@ def test_a_long_list_on_a_trainer_is_restored_as_well():
 
 def test_a_model_too_large_to_probe_is_checked_by_a_small_one_of_its_class(monkeypatch):
     """TRL's own forward is put on the small model too, and adapters and frozen tensors are where the live one's are."""
-    monkeypatch.setattr("llmkit.check.subject.SMALL", 100)
-    monkeypatch.setattr("llmkit.check.shrink.SMALL", 100)
+    monkeypatch.setattr(subject, "SMALL", 100)
+    monkeypatch.setattr(shrink, "SMALL", 100)
     for trainer in (sft(), lora()):
         report = llmkit.check.run(trainer, only=FAMILIES)
         assert report.count("fail") == report.count("not_run") == 0, report

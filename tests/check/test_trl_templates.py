@@ -16,7 +16,7 @@ trl = importlib.util.find_spec("trl")
 FOLDER = Path(trl.origin).parent / "chat_templates" if trl and trl.origin else Path()
 TEMPLATES = sorted(FOLDER.glob("*.jinja"))
 LITERAL = re.compile(
-    r"<\|[^|<>\s'\"{}]{1,40}\|>|<(?:start|end)_of_turn>|</?s>|<[｜|][^<>\s'\"{}]{1,40}[｜|]>|<turn\|>|<\|turn>"
+    r"<\|[^|<>\s'\"{}]{1,40}\|>|<(?:start|end)_of_(?:turn|utterance)>|</?s>|<[｜|][^<>\s'\"{}]{1,40}[｜|]>|<turn\|>|<\|turn>"
 )
 # what a reader of the template agrees with: template -> checks
 AGREED: dict[str, set[str]] = {}
