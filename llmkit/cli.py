@@ -8,10 +8,10 @@ Leaves out everything heavy: a verb's module is imported when the verb runs.
 
 import dataclasses
 import importlib
+import json
 import os
 import select
 import sys
-from pathlib import Path
 from typing import Any
 
 from . import __version__, config, launch, run
@@ -62,16 +62,14 @@ def run_verb(verb: str, words: list[str]) -> int:
 
 
 def preflight(verb: str, settings: Any) -> int:
-    """Tier 0 before a training verb: seconds. The report goes into the run folder; 1 when a check failed."""
+    """Tier 0 before a training verb: seconds. The report goes into the folder of the run; 1 when a check failed."""
     selection = _import("check.attach").selection(0, (), (), settings.check_ignore)
     report = _import("check.runner").run(_import(PREFLIGHT[verb]).get_subject(settings, 0), selection)
-    folder = Path(settings.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    report.write_json(folder / run.CHECK)
     if report.count("fail"):
         _import("check.verb").show(report, config.CheckConfig())
         launch.say_error(f"llmkit: {verb} was not started; mend what failed, or add --skip_checks")
         return 1
+    run.HANDED_OVER[run.CHECK] = json.dumps(report.to_dict(), indent=1, default=str) + "\n"
     print(f"checks    {report.summary()}", flush=True)
     return 0
 

@@ -34,6 +34,7 @@ from . import __version__, config
 PACKAGES = ["torch", "transformers", "accelerate", "datasets", "tokenizers", "trl", "peft", "safetensors", "numpy"]
 LOST = "another process ended or was killed"  # in the line of a rank that cannot go on without the others
 CHECK = "check.json"  # what the checks before the run found
+HANDED_OVER: dict[str, str] = {}  # file name -> text: found before the run, written into its folder once there is one
 LOCK = ".lock"  # in the run folder while a run writes there
 HOLDS_A_RUN = ("model", "adapter", "checkpoints", "result.json")
 LOGS = ("metrics.jsonl", "alerts.jsonl")
@@ -271,7 +272,7 @@ def check_output_dir(folder: Path) -> None:
             f"output_dir={str(folder)!r}: holds another run ({', '.join(held)}); "
             f"{how}choose another --output_dir, or move or remove that folder"
         )
-    if any(path.name not in (LOCK, CHECK) for path in folder.iterdir()) and not _is_run_folder(folder):
+    if any(path.name != LOCK for path in folder.iterdir()) and not _is_run_folder(folder):
         raise config.UserError(
             f"output_dir={str(folder)!r}: is not empty and not a run folder; choose another --output_dir"
         )
@@ -360,6 +361,9 @@ class Run:
                     **facts,
                 }
                 write_json(folder / "manifest.json", manifest)
+                while HANDED_OVER:
+                    name, text = HANDED_OVER.popitem()
+                    (folder / name).write_text(text, encoding="utf-8")
             except OSError as error:
                 reason = "the disk is full" if is_disk_full(error) else error.strerror
                 raise config.UserError(

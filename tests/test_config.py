@@ -16,6 +16,7 @@ OURS = {
     "model_type", "config_overrides", "tokenizer_name", "tokenizer_type", "vocab_size", "datasets", "eval_datasets",
     "data_dir", "store_dir", "document_isolation", "muon_learning_rate", "muon_momentum", "ngram_order",
     "sample_prompts", "sample_max_new_tokens", "accelerate_config", "num_processes",
+    "skip_checks", "check_ignore",
 }  # fmt: skip
 
 

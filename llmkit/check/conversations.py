@@ -6,9 +6,12 @@ Owns rendering them. Leaves out what is expected of the text (`template.py`, `tu
 """
 
 import json
+import re
+from dataclasses import dataclass
 from typing import Any
 
-from .spans import SENTINELS
+from .audit import closing_ids
+from .spans import SENTINELS, special_texts, template_marks
 from .subject import NotApplicable, NotRun, Subject
 
 ROLES = (
@@ -16,6 +19,8 @@ ROLES = (
     ("user", "assistant", "user", "assistant"),
     ("user", "assistant"),
 )
+# <|im_end|>, <end_of_turn>, </s>, <｜Assistant｜>, <turn|>: what templates write as control tokens
+LITERAL = re.compile(r"<[|｜][^|｜<>\s]{1,40}[|｜]?>|</?[a-zA-Z_]{1,24}[|｜]?>")
 
 
 def need_template(subject: Subject) -> Any:
@@ -68,6 +73,41 @@ def conversation(tokenizer: Any, extra: str = "", longer: int = 0) -> tuple[list
         except Exception as error:  # templates refuse roles in words of their own
             reason = first_line(error)
     raise NotRun(f"the template renders no conversation ({reason})")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a template writes around contents."""
+
+    text: str
+    literals: list[str]  # that look like control tokens
+    end: str  # the first one behind an answer, "" for none
+    tail: str  # all that is behind the last answer
+
+
+def written_by_template(tokenizer: Any) -> Written | None:
+    """None without a template that renders."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        messages, text = conversation(tokenizer)
+    except NotRun:
+        return None
+    parts = re.split("|".join(SENTINELS[: len(messages)]), text)
+    specials = [re.escape(t) for t in sorted(special_texts(tokenizer), key=len, reverse=True)]
+    pattern = re.compile("|".join([*specials, LITERAL.pattern]))
+    literals = list(dict.fromkeys(literal for part in parts for literal in LITERAL.findall(part)))
+    behind = pattern.search(parts[-1])
+    return Written(text, literals, behind[0] if behind else "", parts[-1])
+
+
+def turn_ends(tokenizer: Any) -> set[int]:
+    """Ids of the tokens behind an answer in the template: special tokens, and added ones that are not called so."""
+    found = closing_ids(tokenizer, template_marks(tokenizer))
+    written = written_by_template(tokenizer)
+    end = written.end if written and not found else ""
+    ids = list(tokenizer(end, add_special_tokens=False)["input_ids"]) if end else []
+    return found | set(ids if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else [])
 
 
 def options_of(row: dict[str, Any]) -> dict[str, Any]:

@@ -36,10 +36,13 @@ def github(report: Report) -> str:
 
 def junit(report: Report) -> str:
     """One test case per check; what did not run is an error, what does not apply is skipped."""
-    counts = {"tests": len(report.checks), "failures": report.count("fail"), "errors": report.count("not_run"),
-              "skipped": report.count("not_applicable")}  # fmt: skip
     suite = ElementTree.Element(
-        "testsuite", name=_clean(f"llmkit check {report.target}"), {k: str(v) for k, v in counts.items()}
+        "testsuite",
+        name=_clean(f"llmkit check {report.target}"),
+        tests=str(len(report.checks)),
+        failures=str(report.count("fail")),
+        errors=str(report.count("not_run")),
+        skipped=str(report.count("not_applicable")),
     )
     for c in report.checks:
         case = ElementTree.SubElement(suite, "testcase", classname=c.family, name=c.id, time=f"{c.seconds:.3f}")

@@ -45,13 +45,20 @@ def logits_of(model: Any, ids: Tensor, mask: Tensor | None = None, position_ids:
     return logits.float()
 
 
+def num_ids(model: Any) -> int:
+    """Rows of the embedding, whatever an adapter put around it."""
+    embedding = model.get_input_embeddings()
+    count = getattr(embedding, "num_embeddings", None)
+    return count if count is not None else len(embedding.weight)
+
+
 def draw_ids(model: Any, rows: int, length: int, seed: int = 0) -> Tensor:
     """(rows, length) random ids without the config's special ones."""
     config = text_config(model)
     special = {getattr(config, key, None) for key in ("pad_token_id", "bos_token_id")}
     eos = getattr(config, "eos_token_id", None)
     special |= set(eos) if isinstance(eos, list) else {eos}
-    size = min(model.get_input_embeddings().num_embeddings, IDS)
+    size = min(num_ids(model), IDS)
     allowed = torch.tensor([i for i in range(size) if i not in special] or list(range(size)))
     picks = torch.randint(len(allowed), (rows, length), generator=torch.Generator().manual_seed(seed))
     return allowed[picks].to(next(model.parameters()).device)

@@ -171,6 +171,7 @@ class HFTraining:
     # what it does with them
 
     def backward(self, model: nn.Module, micro_batches: list[dict[str, Any]]) -> float:
+        self._need_one_process()
         trainer, total = self.trainer, 0.0
         with self.unchanged():
             patch_forward_as(trainer.model, model)
@@ -353,6 +354,15 @@ class HFTraining:
             metrics = trainer.evaluate()
             logged = trainer.state.log_history[-1:] or [{}]  # where a `log` of the user's adds to it
             return {k: float(v) for k, v in {**logged[0], **metrics}.items() if isinstance(v, (int, float))}
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """What the trainer writes at the end of a run."""
+        self._need_one_process()
+        trainer = self.trainer
+        with self.unchanged():
+            trainer.model = trainer.model_wrapped = model
+            trainer.args.output_dir, trainer.args.push_to_hub = str(folder), False
+            trainer.save_model(str(folder))
 
     def _need_one_process(self) -> None:
         if self.trainer.args.world_size > 1:

@@ -32,7 +32,7 @@ h2 { font-size: 1.05rem; margin: 1.6rem 0 .5rem; } h2, h3 { break-after: avoid; 
 .soft { color: var(--soft); } .small { font-size: .9rem; }
 .mark { font-weight: 700; white-space: nowrap; }
 .fail .mark { color: var(--fail); } .warn .mark { color: var(--warn); }
-.not_run .mark { color: var(--not_run); } .pass .mark { color: var(--pass); } .not_applicable .mark { color: var(--soft); }
+.not_run .mark { color: var(--not_run); } .pass .mark { color: var(--pass); }
 ol.list { list-style: none; margin: .5rem 0; padding: 0; }
 ol.list li { padding: .3rem 0 .3rem 5.5rem; border-top: 1px solid var(--line); position: relative; }
 ol.list p { margin: 0; } ol.list .mark { position: absolute; left: 0; }
@@ -51,9 +51,12 @@ pre { margin: .1rem 0 0; padding: .3rem .5rem; background: var(--paper); border:
   font: .86rem/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 pre i { font-style: normal; color: var(--sign); }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-td, th { text-align: left; vertical-align: top; overflow-wrap: break-word; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); }
-tr.pass td:nth-child(-n+2) { white-space: nowrap; } summary { cursor: pointer; margin: 1.4rem 0 .4rem; font-weight: 600; }
-@media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dt { margin-top: .3rem; } td { white-space: normal !important; } }
+td, th { text-align: left; vertical-align: top; overflow-wrap: break-word; padding: .25rem .8rem .25rem 0;
+  border-bottom: 1px solid var(--line); }
+tr.pass td:nth-child(-n+2) { white-space: nowrap; }
+summary { cursor: pointer; margin: 1.4rem 0 .4rem; font-weight: 600; }
+@media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dt { margin-top: .3rem; }
+  tr.pass td:nth-child(-n+2) { white-space: normal; } }
 @media print { body { margin: 0; max-width: none; font-size: 10.5pt; } }
 """
 PRINTED = """addEventListener("beforeprint", () => document.querySelectorAll("details").forEach(d => d.open = true));"""

@@ -64,8 +64,10 @@ def length_beyond_positions(subject: Subject) -> Outcome:
         raise NotApplicable("the model has neither learned nor rotary positions")
     if is_rotary and not is_learned and rope_types(config) - {"default"}:
         return passed(f"positions are scaled ({', '.join(sorted(rope_types(config)))})", f"{positions} unscaled")
+    wanted = subject.settings["max_length"]
     rows = [len(row["input_ids"]) for row in subject.rows if hasattr(row.get("input_ids"), "__len__")]
-    longest, wanted = max(rows, default=None), subject.settings["max_length"]
+    rows = [min(n, wanted or n) for n in rows]  # where the collator cuts them (older TRL)
+    longest = max(rows, default=None)
     kind = "learned" if is_learned else "rotary, unscaled"
     limit = f"{positions} positions ({kind})"
     if longest is not None and longest > positions:

@@ -126,6 +126,9 @@ class Report:
             value["target"], [CheckResult(**{k: v for k, v in row.items() if k in known}) for row in value["checks"]]
         )
 
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, default=str) + "\n"
+
     def write_json(self, path: Path) -> None:
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, default=str) + "\n"
         path.write_text(

@@ -1,7 +1,7 @@
-"""What is saved is what comes back: model, tied head, resized embeddings, adapter.
+"""What is saved is what comes back: weights, buffers, config, template.
 
-Owns the tier-2 checks that write into a temporary folder. Leaves out the user's own files (`weights.py`) and the
-tokenizer's (`tokenizer.py`).
+Owns the tier-2 checks that write a model or tokenizer into a temporary folder. Leaves out embeddings and heads
+(`embeddings.py`), adapters (`adapters.py`), the user's own files (`weights.py`) and text (`tokenizer.py`).
 """
 
 import contextlib
@@ -12,30 +12,28 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .forward import bare, draw_ids, logits_of, text_config
-from .model import difference, need_alive
+from . import adapters, embeddings  # noqa: F401  # checks of this family
+from .forward import draw_ids, logits_of
+from .model import EQUAL, difference, need_alive, noise
 from .runner import Outcome, check, failed, passed, warned
+from .stored import Stored
 from .subject import NotApplicable, NotRun, Subject
 
 # fields of a config that saving and loading may change
-VOLATILE = {
-    "transformers_version",
-    "_name_or_path",
-    "dtype",
-    "torch_dtype",
-    "architectures",
-    "auto_map",
-    "_commit_hash",
-}
-VOLATILE |= {"attn_implementation", "_attn_implementation", "_attn_implementation_internal", "quantization_config"}
-TIGHT = 1e-6  # of the logits' deviation: the same weights in the same dtype
-# what a fresh process does; it prints the path of the logits it wrote
+VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "auto_map"}
+VOLATILE |= {"_commit_hash", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
+VOLATILE |= {"quantization_config", "_from_model_config"}
+TIGHT = 1e-6  # of the logits' deviation: the same weights in the same dtype, in the same process
+STOCK = "transformers.models."
+TIMEOUT_S = 300
+# what a fresh process does
 FRESH = """
 import sys, torch
 from safetensors.torch import load_file, save_file
@@ -43,36 +41,56 @@ from transformers import AutoModelForCausalLM
 folder, ids = sys.argv[1], load_file(sys.argv[2])["ids"]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
 with torch.no_grad():
-    save_file({"logits": model(input_ids=ids).logits.float().contiguous()}, sys.argv[3])
+    out = model(input_ids=ids)
+    save_file({"logits": (out.logits if hasattr(out, "logits") else out[0]).float().contiguous()}, sys.argv[3])
 """
+AUTO_FIX = (
+    "Register the class (`AutoConfig.register`, `AutoModelForCausalLM.register`) where it is loaded, or let its code "
+    "travel with the weights: `MyConfig.register_for_auto_class()`, "
+    '`MyModel.register_for_auto_class("AutoModelForCausalLM")` before `save_pretrained`.'
+)
 
 
-def _plain(value: Any) -> Any:
-    """Of a config as JSON holds it, without what says where it came from."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items() if k not in VOLATILE}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+@dataclass
+class Saved:
+    model: Any  # redrawn, in eval mode
+    ids: Tensor  # (B, T)
+    logits: Tensor  # (B, T, V)
+    folder: Path
 
 
-def _config_changes(before: Any, after: Any) -> list[str]:
-    a, b = _plain(before.to_dict()), _plain(after.to_dict())
-    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+def first_line(error: BaseException) -> str:
+    text = str(error).strip().split("\n")[0][:160]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def save(subject: Subject, model: Any, folder: Path) -> None:
+    """As the trainer does at the end, where there is one."""
+    if subject.training is not None and hasattr(subject.training, "save"):
+        subject.training.save(model, folder)
+    else:
+        model.save_pretrained(folder)
 
 
 @contextlib.contextmanager
-def _saved(subject: Subject) -> Iterator[tuple[Any, Tensor, Tensor, Path]]:
-    """(model, ids, logits, folder) of the redrawn small model, saved."""
+def _redrawn(subject: Subject) -> Iterator[Saved]:
+    """The redrawn small model, nothing of it written yet. Its values are such that the live dtype holds them."""
     subject.need("model")
+    dtypes = {n: p.dtype for n, p in subject.model.named_parameters()} if subject.is_small else {}
     with subject.small_model() as model, tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
         if hasattr(model, "peft_config"):
             raise NotApplicable("an adapter is trained: see adapter-lost")
-        if not hasattr(model, "save_pretrained"):
-            raise NotApplicable("the model has no save_pretrained")
+        if not hasattr(model, "save_pretrained") or not hasattr(type(model), "from_pretrained"):
+            raise NotApplicable("the model has no save_pretrained and from_pretrained")
+        if "_original_forward" in vars(model):  # accelerate's autocast around the forward is not saved
+            vars(model).pop("forward", None)
+        for name, p in model.named_parameters():
+            p.data = p.data.to(dtypes.get(name, p.dtype)).to(p.dtype)
         ids = draw_ids(model, 2, 12)
         logits = logits_of(model, ids)
         need_alive(logits)
-        model.save_pretrained(folder)
-        yield model, ids, logits, Path(folder)
+        yield Saved(model, ids, logits, Path(folder))
 
 
 @check("reload-differs", family="saving", tier=2, catalogue="K28")
@@ -82,199 +100,238 @@ def reload_differs(subject: Subject) -> Outcome:
     Symptom: the evaluation after training looks fine, the published model talks nonsense.
     Example: a state dict filter that drops a tensor; keys with `_orig_mod.` in front; a buffer that is not
         recomputed on load; a save that casts to fp16; a config field that is set after construction and not stored.
-    Detected: the redrawn model is saved and loaded again by its class, and by the Auto class in a fresh Python process
-        where its code travels with the folder; keys, config and logits are compared.
-    Tolerance: 1e-6 of the logits' deviation: the same numbers in the same dtype.
-    Spares: tied keys and buffers that are not stored; fields of the config that are about where it came from.
-    Fix: look at what is missing; non-persistent buffers must be recomputed in `_init_weights`, tied keys be declared in
+    Detected: the redrawn model is saved (by the trainer where there is one) and loaded again by its class; a class
+        with code of its own also as others load it, by AutoModelForCausalLM: in a fresh Python process where the code
+        travels with the folder. Keys, weights, config, generation config and logits are compared.
+    Tolerance: 1e-6 of the logits' deviation: the same numbers in the same dtype. In a fresh process, which may choose
+        another attention backend, 1e-4, or 30 times the rounding between a row alone and in a batch.
+    Spares: tied keys and buffers that are not stored; buffers that the live model holds rounded; fields of the config
+        that are about where it came from. Only warned of: bfloat16 files of a float32 model, config fields that change
+        no logits, a class that the Auto classes do not know.
+    Fix: look at what is named; non-persistent buffers must be recomputed in `_init_weights`, tied keys be declared in
         `_tied_weights_keys`, every config field be an argument of the config.
     Sources: transformers#43429, #45079, train-llm-from-scratch#37, pytorch#129362, transformers#10789.
     """
-    with _saved(subject) as (model, ids, logits, folder):
-        scale = logits.std()
+    with _redrawn(subject) as saved:
+        model, scale = saved.model, saved.logits.std()
+        try:
+            save(subject, model, saved.folder)
+        except Exception as error:
+            return failed("the model cannot be saved", "", [{"note": first_line(error)}])
+        if not (saved.folder / "config.json").is_file():
+            raise NotRun("the trainer's save_model writes no config.json, so no transformers folder")
         kind = getattr(model.config, "_attn_implementation", None)
-        attention = {"attn_implementation": kind} if kind else {}
-        loaded, info = type(model).from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **attention)
-        bad = [
+        options = {"attn_implementation": kind} if kind else {}
+        try:
+            loaded, info = type(model).from_pretrained(
+                saved.folder, dtype=torch.float32, output_loading_info=True, **options
+            )
+        except TypeError as error:
+            return warned("its class cannot load what it saved", "", [{"note": first_line(error)}], AUTO_FIX)
+        except Exception as error:
+            return failed("its class cannot load what it saved", "", [{"note": first_line(error)}])
+        loaded = loaded.eval().to(saved.ids.device)
+        lost = _unequal(model, loaded)
+        moved = difference(saved.logits, logits_of(loaded, saved.ids), scale)
+        if moved > TIGHT and lost and _take_rounded_buffers(model, loaded):
+            saved.logits = logits_of(model, saved.ids)
+            lost, moved = _unequal(model, loaded), difference(saved.logits, logits_of(loaded, saved.ids), scale)
+        keys = [
             {"note": f"{what.replace('_', ' ')}: {', '.join(sorted(map(str, info[what]))[:4])}"}
-            for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
+            for what in ("missing_keys", "mismatched_keys", "unexpected_keys")
             if info.get(what)
         ]
-        bad += [{"note": f"config {line}"} for line in _config_changes(model.config, loaded.config)]
-        moved = difference(logits, logits_of(loaded.eval().to(ids.device), ids), scale)
-        where = "this process"
-        if (folder / "config.json").is_file() and "auto_map" in json.loads((folder / "config.json").read_text()):
-            where = "a fresh process"
-            moved = max(moved, difference(logits, _fresh_logits(folder, ids), scale))
-    if moved > TIGHT or any("keys" in item["note"] for item in bad):
-        evidence = bad or [{"note": "no key is missing: look at buffers and at what the class computes on load"}]
-        return failed(
-            f"logits move by {moved:.1e} of their deviation after a reload in {where}", f"{TIGHT:.0e}", evidence
-        )
-    if bad:
-        return warned(f"logits are the same, {len(bad)} config fields are not", "0 fields", bad)
-    return passed(f"logits move by {moved:.1e} of their deviation after a reload in {where}", f"{TIGHT:.0e}")
+        fields = [{"note": f"config {line}"} for line in _changes(model.config, loaded.config)]
+        generation = [getattr(m, "generation_config", None) for m in (model, loaded)]
+        if all(generation):
+            fields += [{"note": f"generation config {line}"} for line in _changes(*generation)]
+        measured = f"logits move by {moved:.1e} of their deviation after a reload"
+        limit = f"{TIGHT:.0e}"
+        if moved > TIGHT or info.get("missing_keys") or info.get("mismatched_keys"):
+            stored = Stored(saved.folder).dtypes.values()
+            evidence = keys + fields + [{"note": f"{name} is not what it was"} for name in lost[:4]]
+            if not keys and "BF16" in stored and _is_rounded(model, loaded):
+                return warned(f"{measured}: stored in bfloat16", limit, evidence[:3], "Save in the dtype of training.")
+            if narrow := sorted(set(stored) & {"F16", "BF16"}):
+                evidence.append({"note": f"tensors are stored as {', '.join(narrow)}, the model is wider"})
+            if not lost:
+                evidence.append({"note": "every weight is what it was: look at what the class computes on load"})
+            return failed(measured, limit, evidence)
+        elsewhere = _as_others_load_it(saved, loaded)
+    if elsewhere is not None and elsewhere.status != "pass":
+        return elsewhere
+    if keys or fields:
+        return warned(f"{measured}, but keys or config are not the same", "no difference", keys + fields)
+    return elsewhere or passed(measured, limit)
 
 
-def _fresh_logits(folder: Path, ids: Tensor) -> Tensor:
+def _plain(value: Any) -> Any:
+    """Of a config as JSON holds it, without what says where it came from."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items() if k not in VOLATILE}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _changes(before: Any, after: Any) -> list[str]:
+    a, b = _plain(before.to_dict()), _plain(after.to_dict())
+    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+
+
+def _tensors(model: Any) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _unequal(model: Any, loaded: Any) -> list[str]:
+    """Names of parameters and buffers that have other values."""
+    mine, theirs = _tensors(model), _tensors(loaded)
+    return [n for n, t in mine.items() if n in theirs and not _same(t, theirs[n])]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.float().cpu(), b.float().cpu())
+
+
+def _is_rounded(model: Any, loaded: Any) -> bool:
+    """Whatever differs is the value rounded to bfloat16."""
+    mine, theirs = _tensors(model), _tensors(loaded)
+    return all(n in theirs and _same(mine[n].to(torch.bfloat16), theirs[n].to(torch.bfloat16)) for n in mine)
+
+
+def _take_rounded_buffers(model: Any, loaded: Any) -> bool:
+    """Buffers that `.bfloat16()` rounded are computed anew on load, in full: not the bug of this check."""
+    theirs, taken = dict(loaded.named_buffers()), 0
+    for name, buffer in model.named_buffers():
+        if buffer.dtype.itemsize < 4 and name in theirs and _same(buffer, theirs[name].to(buffer.dtype)):
+            path, _, last = name.rpartition(".")
+            setattr(model.get_submodule(path), last, theirs[name].to(buffer.device))
+            taken += 1
+    return taken > 0
+
+
+def _as_others_load_it(saved: Saved, loaded: Any) -> Outcome | None:
+    """By AutoModelForCausalLM, which knows nothing of a class that is not transformers' own; None for those that are."""
+    if type(saved.model).__module__.startswith(STOCK):
+        return None
+    if "auto_map" in json.loads((saved.folder / "config.json").read_text(encoding="utf-8")):
+        limit = max(EQUAL, 30 * noise(saved.model, saved.ids))
+        logits = _fresh_logits(saved)
+        if isinstance(logits, str):
+            return failed("a fresh process cannot load the folder", "", [{"note": logits}])
+        moved = difference(saved.logits, logits, saved.logits.std())
+        measured = f"logits move by {moved:.1e} of their deviation after a reload in a fresh process"
+        note = "in this process the reload is right: look at what the travelling code imports or leaves out"
+        return failed(measured, f"{limit:.0e}", [{"note": note}]) if moved > limit else passed(measured, f"{limit:.0e}")
+    from transformers import AutoModelForCausalLM
+
+    name = type(saved.model).__name__
+    try:
+        other = AutoModelForCausalLM.from_pretrained(saved.folder, dtype=torch.float32).eval().to(saved.ids.device)
+        moved = difference(saved.logits, logits_of(other, saved.ids), saved.logits.std())
+    except Exception as error:
+        note = f"AutoModelForCausalLM: {first_line(error)}"
+        return warned(f"only {name}.from_pretrained can load the folder", "", [{"note": note}], AUTO_FIX)
+    if type(other) is type(saved.model) or moved <= EQUAL:
+        return None
+    note = f"AutoModelForCausalLM makes a {type(other).__name__} of it, whose logits are off by {moved:.1e}"
+    return warned(f"only {name}.from_pretrained loads what was saved", "the same class", [{"note": note}], AUTO_FIX)
+
+
+def _fresh_logits(saved: Saved) -> Tensor | str:
+    """Of the folder in a Python process that has imported nothing; what it says where it cannot load the folder."""
     from safetensors.torch import load_file, save_file
 
-    given, out = folder / "ids.st", folder / "logits.st"
-    save_file({"ids": ids.cpu().contiguous()}, given)
-    command = [sys.executable, "-c", FRESH, str(folder), str(given), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"LLMKIT_CHECK": ""}, timeout=300)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise NotRun(f"a fresh process cannot load the folder: {lines[-1][:200] if lines else 'no message'}")
-    return load_file(out)["logits"].to(ids.device)
-
-
-@check("tied-head-broken", family="saving", tier=2, catalogue="K28")
-def tied_head_broken(subject: Subject) -> Outcome:
-    """The config ties the head to the embedding, and they are two tensors.
-
-    Symptom: a reloaded model answers randomly; memory for a second vocabulary matrix; the head learns, the embedding
-        does not, and only one of them is saved.
-    Example: a head replaced after `post_init`; a checkpoint without the tied key and a config with tie=False.
-    Detected: shared memory in the live model, and again after save and reload.
-    Tolerance: none: it is one tensor or it is not.
-    Spares: models without a head, quantised heads, configs that do not tie.
-    Fix: call `model.tie_weights()` after replacing a head; declare `_tied_weights_keys`; set tie_word_embeddings to
-        what the weights are.
-    Sources: transformers#43429, #35141, vec2text#94.
-    """
-    subject.need("model")
-    if not getattr(text_config_of(subject), "tie_word_embeddings", False):
-        raise NotApplicable("the config does not tie head and embedding")
-
-    def is_tied(model: Any) -> bool | None:
-        a, b = bare(model).get_input_embeddings(), bare(model).get_output_embeddings()
-        a, b = (getattr(getattr(m, "base_layer", m), "weight", None) for m in (a, b))
-        return None if a is None or b is None else a.data_ptr() == b.data_ptr()
-
-    places = {}
-    with subject.small_model(draw=False) as model:
-        places["as given"] = is_tied(model)
-        if places["as given"] is None:
-            raise NotApplicable("the model has no head of its own")
-        if hasattr(model, "save_pretrained") and not hasattr(model, "peft_config"):
-            with tempfile.TemporaryDirectory() as folder:
-                model.save_pretrained(folder)
-                places["after a reload"] = is_tied(type(model).from_pretrained(folder))
-    bad = [{"note": f"{place}: two tensors"} for place, tied in places.items() if not tied]
-    if bad:
-        return failed("head and embedding are two tensors, tie_word_embeddings is true", "one tensor", bad)
-    return passed(f"one tensor {' and '.join(places)}", "one tensor")
-
-
-def text_config_of(subject: Subject) -> Any:
-    return text_config(subject.model) if subject.model is not None else subject.config
-
-
-@check("resize-corrupts", family="saving", tier=2, catalogue="K28")
-def resize_corrupts(subject: Subject) -> Outcome:
-    """Adding tokens changes what the old ones mean.
-
-    Symptom: after adding chat tokens the model is worse at everything; or the new tokens drown all others.
-    Example: a resize that rebuilds the matrix, ties it no longer, or draws new rows a hundred times too large.
-    Detected: eight rows are added to the redrawn model: old rows keep every bit, logits of old ids stay, new rows have
-        norms like the others, a tied head stays tied.
-    Tolerance: rows bit for bit; logits 1e-5 of their deviation; norms above 0 (transformers draws around the mean
-        row, which is short) and within 10 times the median.
-    Spares: models that cannot be resized.
-    Fix: use `model.resize_token_embeddings(n)` with n at least the present number of rows.
-    Sources: unsloth-zoo#923, LlamaFactory#10547, transformers#20043.
-    """
-    subject.need("model")
-    with subject.small_model() as model, torch.no_grad():
-        inner = bare(model)
-        if hasattr(model, "peft_config") or not hasattr(inner, "resize_token_embeddings"):
-            raise NotApplicable("a model that is not resized here")
-        ids = draw_ids(model, 2, 12)
-        logits, rows = logits_of(model, ids), inner.get_input_embeddings().weight.clone()
-        scale = need_alive(logits)
-        count = len(rows)
-        tied = inner.get_output_embeddings() is not None and (
-            inner.get_output_embeddings().weight.data_ptr() == inner.get_input_embeddings().weight.data_ptr()
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        given, out = Path(folder) / "ids.safetensors", Path(folder) / "logits.safetensors"
+        save_file({"ids": saved.ids.cpu().contiguous()}, given)
+        # -P: not even the folder that this one was started in is on its path
+        command = [sys.executable, "-P", "-c", FRESH, str(saved.folder), str(given), str(out)]
+        modules = {"HF_MODULES_CACHE": str(Path(folder) / "modules")}
         try:
-            inner.resize_token_embeddings(count + 8)
-        except (NotImplementedError, AttributeError) as error:
-            raise NotApplicable(f"the model cannot be resized ({type(error).__name__})") from None
-        new = inner.get_input_embeddings().weight
-        head = inner.get_output_embeddings()
-        bad: list[dict[str, Any]] = []
-        if len(new) != count + 8:
-            bad.append({"note": f"{len(new)} rows after a resize to {count + 8}"})
-        elif not torch.equal(new[:count], rows):
-            first = int((new[:count] != rows).any(1).nonzero()[0])
-            bad.append({"ids": [first], "note": f"old rows have changed, id {first} is the first"})
-        ratio = float(new[count:].norm(dim=1).median() / rows.norm(dim=1).median()) if len(new) > count else 1.0
-        if not 1e-4 <= ratio <= 10:
-            bad.append({"note": f"new rows are {ratio:.2g} times as long as the others"})
-        if tied and head.weight.data_ptr() != new.data_ptr():
-            bad.append({"note": "the head is no longer tied"})
-        moved = difference(logits, logits_of(model, ids)[..., :count], scale)
-        if moved > 1e-5:
-            bad.append({"note": f"logits of old ids move by {moved:.1e} of their deviation"})
-    if bad:
-        return failed("; ".join(item["note"] for item in bad)[:160], "old rows and logits unchanged", bad)
-    return passed(
-        f"old rows unchanged, logits move by {moved:.1e}, new rows {ratio:.2f} times the median", "1e-5, 0.1 to 10"
-    )
+            done = subprocess.run(
+                command, capture_output=True, text=True, env=os.environ | modules, cwd=folder, timeout=TIMEOUT_S
+            )
+        except subprocess.TimeoutExpired:
+            raise NotRun(f"a fresh process does not load the folder within {TIMEOUT_S} s") from None
+        if done.returncode < 0:
+            raise NotRun(f"a fresh process was ended by signal {-done.returncode}")
+        if done.returncode:
+            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            return lines[-1][:200] if lines else "no message"
+        return load_file(out)["logits"].to(saved.ids.device)
 
 
-@check("adapter-lost", family="saving", tier=2, catalogue="K28")
-def adapter_lost(subject: Subject) -> Outcome:
-    """A saved adapter comes back as nothing, or as another one.
+CONVERSATIONS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": "Where is the cat?"}, {"role": "assistant", "content": "On the roof."}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Two\nlines, please.\n"},
+        {"role": "assistant", "content": "Here:\n\n  one\n  zwei, drei: äöü 你好"},
+        {"role": "user", "content": "Thanks"},
+    ],
+]
 
-    Symptom: the loaded model answers exactly like the base; new tokens are noise after a reload.
-    Example: an adapter whose keys do not match on load; trained embedding rows that are not in the file.
-    Detected: with every adapter weight drawn at random (B too), the adapter is saved, loaded under another name and
-        switched on: logits must be those of before and not those of the base.
-    Tolerance: 1e-5 of the logits' deviation.
-    Spares: models without adapter.
-    Fix: look at the keys in adapter_model.safetensors; name modules that were trained in `modules_to_save`.
-    Sources: peft#1323, #1932, #2118, #2699, #2772, #1300, #2898.
+
+@check("template-lost-on-save", family="saving", tier=2, catalogue="K28")
+def template_lost_on_save(subject: Subject) -> Outcome:
+    """The chat template is not saved with the tokenizer, or another one is.
+
+    Symptom: the model was trained on one format, and whoever loads it prompts it with another one.
+    Example: a save that leaves `chat_template.jinja` behind; a template set on a copy of the tokenizer.
+    Detected: the tokenizer is saved and loaded again; template and rendered conversations must be the same bytes. With
+        --reference, the folder must still have a template where the reference had one.
+    Tolerance: none.
+    Spares: tokenizers without a template; another template than the reference's is a warning.
+    Fix: save with `tokenizer.save_pretrained(folder)`, and keep `chat_template.jinja` beside tokenizer_config.json.
+    Sources: llama-cpp-rs#1096, ollama#6823, LlamaFactory#5834, mlc-llm#3484.
     """
-    subject.need("model")
-    if not hasattr(subject.model, "peft_config"):
-        raise NotApplicable("no adapter is trained")
-    with subject.small_model() as model, tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        if not hasattr(model, "peft_config"):
-            model = _with_adapter(subject, model)
-        ids = draw_ids(model, 2, 12)
-        adapted = logits_of(model, ids)
-        scale = need_alive(adapted)
-        with model.disable_adapter():
-            base = logits_of(model, ids)
-        if difference(adapted, base, scale) <= 1e-4:
-            name = next(iter(model.peft_config.values())).target_modules
-            return failed("the adapter changes no logits: it sits on nothing", "", [{"note": f"target_modules {name}"}])
-        model.save_pretrained(folder)
-        found = sorted(Path(folder).rglob("adapter_model.*"))
-        if not found or found[0].stat().st_size < 100:
-            return failed("save_pretrained wrote no adapter weights", "", [{"note": str([p.name for p in found])}])
-        for p in model.parameters():
-            if p.requires_grad:
-                p.mul_(0.5)  # what is loaded must not depend on what is still here
-        result = model.load_adapter(str(found[0].parent), adapter_name="llmkit_reloaded")
-        model.set_adapter("llmkit_reloaded")
-        moved = difference(adapted, logits_of(model, ids), scale)
-        unexpected = list(getattr(result, "unexpected_keys", []))
-    if moved > 1e-5:
-        evidence = [{"note": f"keys that found no place: {', '.join(unexpected[:3])}"}] if unexpected else []
-        evidence += [{"note": "trained tensors outside the adapter file count too: modules_to_save, token rows"}]
-        return failed(f"logits move by {moved:.1e} of their deviation after a reload", "1e-5", evidence)
-    return passed(f"logits move by {moved:.1e} of their deviation after a reload", "1e-5")
+    subject.need("tokenizer")
+    tokenizer, reference = subject.tokenizer, subject.reference_tokenizer
+    before, theirs = (getattr(t, "chat_template", None) for t in (tokenizer, reference))
+    if theirs and not before:
+        note = f"the reference's has {len(theirs)} characters"
+        return failed("the reference has a chat template, this tokenizer has none", "the same", [{"note": note}])
+    if not before:
+        raise NotApplicable("the tokenizer has no chat template")
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        written = sorted(p.name for p in Path(folder).iterdir())
+        try:
+            loaded = _load_tokenizer(tokenizer, folder)
+        except Exception as error:
+            raise NotRun(f"the saved tokenizer cannot be loaded: {first_line(error)}") from None
+    after = loaded.chat_template
+    if after != before:
+        note = f"{len(after or '')} characters after, {len(before)} before; files: {', '.join(written)}"
+        what = "has another chat template" if after else "has no chat template"
+        return failed(f"the saved tokenizer {what}", "the same template", [{"note": note}])
+    rendered = 0
+    for messages in CONVERSATIONS:
+        text, again = (_render(t, messages) for t in (tokenizer, loaded))
+        if text != again:
+            return failed(
+                "a conversation is rendered otherwise after a reload", "the same bytes", [{"note": repr(again)[:200]}]
+            )
+        rendered += text is not None
+    measured = f"template of {len(before)} characters and {rendered} rendered conversations are the same after a reload"
+    if theirs and theirs != before:
+        note = f"{len(before)} characters here, {len(theirs)} in the reference"
+        fix = "Prompt the model with the template that it was trained on."
+        return warned(f"{measured}, but not the reference's", "the same template", [{"note": note}], fix)
+    return passed(measured, "the same bytes")
 
 
-def _with_adapter(subject: Subject, model: Any) -> Any:
-    """The same adapter config on the shrunk base."""
-    from peft import get_peft_model
+def _load_tokenizer(tokenizer: Any, folder: str) -> Any:
+    from transformers import AutoTokenizer
 
-    from .subject import redraw_
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # a class of the user's own
+        return type(tokenizer).from_pretrained(folder)
 
-    return redraw_(
-        get_peft_model(copy.deepcopy(model), copy.deepcopy(next(iter(subject.model.peft_config.values()))))
-    ).eval()
+
+def _render(tokenizer: Any, messages: list[dict[str, Any]]) -> str | None:
+    """None where the template refuses such a conversation."""
+    try:
+        return tokenizer.apply_chat_template(copy.deepcopy(messages), tokenize=False)
+    except Exception:
+        return None

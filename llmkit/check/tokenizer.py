@@ -12,16 +12,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .audit import closing_ids
-from .conversations import conversation
+from .conversations import conversation, turn_ends, written_by_template
 from .runner import Outcome, check, failed, passed, warned
-from .spans import SENTINELS, decode, template_marks
+from .spans import decode
 from .subject import LabelledRow, NotApplicable, NotRun, Subject
 from .torture import encode  # whose checks are of this family as well
 
-# <|im_end|>, <end_of_turn>, </s>, <｜Assistant｜>, <turn|>: what templates write as control tokens
-LITERAL = re.compile(r"<[|｜][^|｜<>\s]{1,40}[|｜]?>|</?[a-zA-Z_]{1,24}[|｜]?>")
-STRUCTURE = re.compile(r"turn|start|end|begin|im_|eot|eom|bos|eos|header|^</?s>$", re.I)
+STRUCTURE = re.compile(r"turn|start|end|begin|im_|eot|eom|bos|eos|header|^s$", re.I)
 ROLE = re.compile(r"system|user|assistant|human|bot|model|tool|observation|developer", re.I)
 PLACEHOLDER = re.compile(r"image|audio|video|vision", re.I)  # of a multimodal sibling: Gemma 3's text model has one
 
@@ -202,22 +199,8 @@ def _undeclared_id(tokenizer: Any, name: str, token: str) -> dict[str, Any] | No
     return None
 
 
-def _written(tokenizer: Any) -> tuple[list[str], str, str] | None:
-    """Control literals that the template writes, the one that ends an answer ('' for none), and a text that it wrote.
-
-    None without a template that renders.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    try:
-        messages, text = conversation(tokenizer)
-    except NotRun:
-        return None
-    parts = re.split("|".join(SENTINELS[: len(messages)]), text)
-    literals = dict.fromkeys(literal for part in parts for literal in LITERAL.findall(part))
-    kept = [x for x in literals if STRUCTURE.search(x.strip("<>/|｜")) or x in ("<s>", "</s>") or "|" in x or "｜" in x]
-    behind = LITERAL.search(parts[-1]) if messages[-1]["role"] == "assistant" else None
-    return kept, behind[0] if behind else "", text
+def _has_bars(literal: str) -> bool:
+    return "|" in literal or "｜" in literal
 
 
 def _is_single(tokenizer: Any, literal: str, ids: list[int]) -> bool:
@@ -244,18 +227,19 @@ def special_token_split(subject: Subject) -> Outcome:
     tokenizer = subject.tokenizer
     declared = _declared(tokenizer)
     bad = [item for name, token in declared.items() if (item := _undeclared_id(tokenizer, name, token))]
-    written = _written(tokenizer)
+    written = written_by_template(tokenizer)
     literals: list[str] = []
     spelled: list[dict[str, Any]] = []
     if written:
-        literals, end, text = written
+        text, end = written.text, written.end
+        literals = [x for x in written.literals if STRUCTURE.search(x.strip("<>/|｜")) or _has_bars(x)]
         ids = encode(tokenizer, text)
         is_single = {x: _is_single(tokenizer, x, ids) for x in literals}
         has_single_roles = any(is_single[x] for x in literals if ROLE.search(x))
         for literal in [x for x in literals if not is_single[x]]:
             note = f"the template's {literal!r} is spelled by {len(encode(tokenizer, literal))} ids"
             item = {"ids": encode(tokenizer, literal), "note": note}
-            is_structure = bool(STRUCTURE.search(literal.strip("<>/|｜"))) or literal in ("<s>", "</s>")
+            is_structure = bool(STRUCTURE.search(literal.strip("<>/|｜")))
             is_worse = is_structure or literal == end or (has_single_roles and ROLE.search(literal))
             (bad if is_worse else spelled).append(item)
     count = len(set(literals) | set(declared.values()))
@@ -268,14 +252,6 @@ def special_token_split(subject: Subject) -> Outcome:
     return passed(f"{count} control tokens are one id each", "one id each")
 
 
-def turn_ends(tokenizer: Any) -> set[int]:
-    """Ids of the tokens behind an answer in the template: special tokens, and added ones that are not called so."""
-    found = closing_ids(tokenizer, template_marks(tokenizer))
-    written = _written(tokenizer)
-    end = encode(tokenizer, written[1]) if written and written[1] and not found else []
-    return found | set(end if len(end) == 1 and end[0] != tokenizer.unk_token_id else [])
-
-
 @check("stop-token-missing", family="tokenizer", tier=0, catalogue="K2")
 def stop_token_missing(subject: Subject) -> Outcome:
     """The token that ends a turn does not end generation.
@@ -284,8 +260,9 @@ def stop_token_missing(subject: Subject) -> Outcome:
     Example: a base model's EOS with a ChatML template: <|im_end|> is written, <|endoftext|> is waited for.
     Detected: the control token behind an answer in the template must be among eos_token_id of generation config,
         config or tokenizer.
-    Tolerance: none.
-    Spares: templates that end turns in words; channel delimiters, where another token of the template ends the answer.
+    Tolerance: none; without a model, whose generation config may name more stop tokens, a warning.
+    Spares: templates that end turns in words; channel delimiters, where another token of the template ends the answer;
+        templates that write a stop token behind the end of the last turn (Phi-3).
     Fix: set tokenizer.eos_token to it, or add its id to generation_config.eos_token_id.
     Sources: mlx-vlm#2112, LlamaFactory#7454, Qwen3#927, trl#3299.
     """
@@ -294,14 +271,18 @@ def stop_token_missing(subject: Subject) -> Outcome:
     closing = turn_ends(tokenizer)
     if not closing:
         raise NotApplicable("no template that ends a turn by a control token")
-    stops = named_ids(subject, "eos_token_id") | {tokenizer.eos_token_id} - {None}
+    model_stops = named_ids(subject, "eos_token_id")
+    stops = model_stops | ({tokenizer.eos_token_id} - {None})
     shown = ", ".join(sorted(tokenizer.convert_ids_to_tokens(sorted(closing))))
-    if not closing & stops:
-        evidence = [
-            {"ids": sorted(closing), "note": f"the template ends answers by {shown}; stop ids are {sorted(stops)}"}
-        ]
-        return failed(f"{shown} is no stop token", "one of the stop tokens", evidence)
-    return passed(f"{shown} stops generation", "one of the stop tokens")
+    limit = "one of the stop tokens"
+    written = written_by_template(tokenizer)
+    if closing & stops or (written and stops & set(encode(tokenizer, written.tail))):
+        return passed(f"{shown} stops generation", limit)
+    evidence = [{"ids": sorted(closing), "note": f"the template ends answers by {shown}; stop ids are {sorted(stops)}"}]
+    text = f"{shown} is no stop token"
+    if _text_config(subject) is None:
+        return warned(f"{text} of the tokenizer; there is no generation config to look at", limit, evidence)
+    return failed(text, limit, evidence)
 
 
 def own_tokenizer(subject: Subject) -> Any:

@@ -263,3 +263,22 @@ def clipping_wrong(subject: Subject) -> Outcome:
         return failed(f"step {wrong[0][0]}: norm {wrong[0][1]:.4g} becomes {wrong[0][2]:.4g}", limit, evidence)
     before, after = max(steps.norms)
     return passed(f"a norm of {before:.3g} becomes {after:.3g}", limit)
+
+
+@check("trainer-raises", family="trainer", tier=0, catalogue="K9")
+def trainer_raises(subject: Subject) -> Outcome:
+    """The trainer cannot even be built.
+
+    Symptom: the command ends with a traceback before it trains.
+    Example: assistant_only_loss with a template that TRL finds no marks in.
+    Detected: the constructor of a Trainer raised, and nothing caught it; what it had been given is checked all the same.
+    Tolerance: none.
+    Spares: trainers that are built.
+    Fix: mend what the message says; another failed check of this report may name the cause.
+    Sources: trl#6966, marin#7237.
+    """
+    if subject.training is not None:
+        return passed("the trainer is built")
+    if subject.failure is None:
+        raise NotApplicable("no trainer given")
+    return failed("its constructor raised an error", "", [{"text": subject.failure, "note": "it says"}])

@@ -7,10 +7,10 @@ Owns the tier-0 checks K6 and the static part of C1, C2 and C8, of the family `t
 import re
 from typing import Any
 
-from .audit import audit_of, closing_ids
-from .conversations import ROLES, conversation, first_line, messages_of, need_template, render, said
+from .audit import audit_of
+from .conversations import ROLES, conversation, first_line, messages_of, need_template, render, said, turn_ends
 from .runner import Outcome, check, failed, passed, warned
-from .spans import SENTINELS, special_texts, template_marks, token_spans
+from .spans import SENTINELS, token_spans
 from .subject import NotApplicable, NotRun, Subject
 from .torture import encode, first_difference
 
@@ -172,8 +172,7 @@ def doubled_end_of_turn(subject: Subject) -> Outcome:
     """
     tokenizer = need_template(subject)
     messages, text = conversation(tokenizer)
-    closers = [tokenizer.convert_ids_to_tokens(i) for i in closing_ids(tokenizer, template_marks(tokenizer))]
-    closers = closers or [t for t in special_texts(tokenizer) if t == tokenizer.eos_token]
+    closers = tokenizer.convert_ids_to_tokens(sorted(turn_ends(tokenizer)))
     bad, looked = [], 0
     for index, message in enumerate(messages):
         start = text.find(said(message)) + len(said(message))
@@ -200,7 +199,7 @@ def assistant_mask_wrong(subject: Subject) -> Outcome:
     Example: {% generation %} missing, around the whole message, or closed before the end of turn.
     Detected: the mask that the tokenizer returns for sentinel messages (several turns, and one): every token of an
         answer and its end of turn, and none of another content.
-    Tolerance: none. Markup before the answers that is masked in, which generation does not write: a warning.
+    Tolerance: none. A generation prompt that is masked in: a warning, the model need not write it.
     Spares: templates without marks where no assistant mask is asked for; stock templates that TRL replaces by its own.
     Fix: write {% generation %}{{ message['content'] }}<end of turn>{% endgeneration %}.
     Sources: transformers#34172, #47325, trl#4201, marin#7237.
@@ -226,7 +225,7 @@ def assistant_mask_wrong(subject: Subject) -> Outcome:
             reason = reason or first_line(error)
             continue
         ids, mask = _flat(out["input_ids"]), _flat(out["assistant_masks"])
-        bad, header, count = _masked_wrongly(tokenizer, messages, ids, mask)
+        bad, header, count = _masked_wrongly(tokenizer, messages, ids, mask, _generation_prompt(tokenizer))
         looked += count
         headers += header
         if bad:
@@ -235,17 +234,17 @@ def assistant_mask_wrong(subject: Subject) -> Outcome:
     if not looked:
         raise NotRun(f"no assistant mask to look at ({reason or 'contents are not found among the tokens'})")
     if headers:
-        return warned(f"markup before {len(headers)} answers is masked in", limit, headers[:3])
+        return warned(f"the generation prompt before {len(headers)} answers is masked in", limit, headers[:3])
     return passed(f"the mask holds {looked} answers with their end of turn", limit)
 
 
 def _masked_wrongly(
-    tokenizer: Any, messages: list[dict[str, Any]], ids: list[int], mask: list[int]
+    tokenizer: Any, messages: list[dict[str, Any]], ids: list[int], mask: list[int], prompt: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
-    """Evidence of what is on the wrong side, of headers that are masked in, and the number of answers looked at."""
+    """Evidence of what is on the wrong side, of prompts that are masked in, and the number of answers looked at."""
     text, spans = token_spans(tokenizer, ids)
     folded = text.casefold()
-    closing = closing_ids(tokenizer, template_marks(tokenizer))
+    closing = turn_ends(tokenizer)
     bad: list[dict[str, Any]] = []
     headers: list[dict[str, Any]] = []
     count, before = 0, 0
@@ -272,12 +271,21 @@ def _masked_wrongly(
                 bad.append(shown | {"ids": [ids[ends[0]]], "note": note})
             marked = [t for t, (a, b) in enumerate(spans) if before <= a < b <= start and mask[t]]
             opening = text[spans[marked[0]][0] : start] if marked else ""
-            if opening.strip() and not THINKS.search(opening):
+            if prompt.strip() and prompt.strip() in opening:
                 headers.append({"position": k, "text": opening, "note": "masked in before an answer"})
             before = stop if nearest else end
         else:
             before = end
     return bad, headers, count
+
+
+def _generation_prompt(tokenizer: Any) -> str:
+    """What add_generation_prompt adds."""
+    messages = messages_of(tokenizer, ("user",))
+    try:
+        return render(tokenizer, messages, True).removeprefix(render(tokenizer, messages))
+    except Exception:
+        return ""
 
 
 def _flat(value: Any) -> list[int]:

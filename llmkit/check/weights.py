@@ -1,121 +1,86 @@
 """Stored weights, tensor by tensor: what is missing, dead, not finite, or no longer what it was made from.
 
-Owns reading safetensors in slices, so that memory stays flat in the size of the model, and the tier-3 checks.
-
-    check_folder(path)          # raises UserError for files that are cut short
-    names = Stored(path).shapes
-
-Leaves out any forward pass.
+Owns the tier-3 checks of a folder, which read it in slices (`stored.py`). Leaves out any forward pass, and adapters
+(`adapters.py`).
 """
 
 import copy
-import json
 import re
-import struct
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import UserError
+from . import adapters  # noqa: F401  # a check of this family
 from .runner import Outcome, check, failed, passed, warned
+from .stored import Stored, check_folder, weight_files
 from .subject import NotApplicable, NotRun, Subject
 
-SLICE = 50_000_000  # elements read at once
-LARGEST_LOAD = 400_000_000  # parameters up to which from_pretrained itself is asked what is missing
-DEAD = 1e-3  # of the median norm
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """Of a safetensors file. Raises UserError where the file is shorter than its header says."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, 100_000_000):
-            raise UserError(f"{path}: is no safetensors file, or was cut short ({size:,} bytes); copy it again")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise UserError(f"{path}: its header cannot be read; copy it again") from None
-    end = max((e["data_offsets"][1] for name, e in header.items() if name != "__metadata__"), default=0)
-    if size != 8 + length + end:
-        raise UserError(f"{path}: has {size:,} bytes, its header says {8 + length + end:,}: cut short; copy it again")
-    return header
-
-
-def check_folder(folder: Path) -> None:
-    """Raises UserError for a shard that is missing or cut short."""
-    for index in folder.glob("*.safetensors.index.json"):
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError):
-            raise UserError(f"{index}: cannot be read; expected an index of shards; copy it again") from None
-        missing = sorted(name for name in shards if not (folder / name).is_file())
-        if missing:
-            raise UserError(
-                f"{folder}: {missing[0]} is missing ({len(missing)} of {len(shards)} shards); copy it again"
-            )
-    for path in sorted(folder.glob("*.safetensors")):
-        _header(path)
-
-
-class Stored:
-    """The tensors of a folder, read when they are asked for."""
-
-    def __init__(self, folder: Path):
-        check_folder(folder)
-        self.files: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            if path.name.startswith("adapter_"):
-                continue
-            for name, entry in _header(path).items():
-                if name != "__metadata__":
-                    self.files[name], self.shapes[name] = path, tuple(entry["shape"])
-                    self.dtypes[name] = entry["dtype"]
-
-    def slices(self, name: str) -> Any:
-        """(first row, rows as stored) of a tensor, a few million elements at a time."""
-        from safetensors import safe_open
-
-        shape = self.shapes[name]
-        with safe_open(self.files[name], framework="pt") as file:
-            if len(shape) < 2:
-                yield 0, file.get_tensor(name)
-                return
-            part, rows = file.get_slice(name), max(1, SLICE // max(1, torch.Size(shape[1:]).numel()))
-            for first in range(0, shape[0], rows):
-                yield first, part[first : first + rows]
-
-    def find(self, *endings: str) -> str | None:
-        return next((name for end in endings for name in self.shapes if name == end or name.endswith(f".{end}")), None)
-
-
+__all__ = ["Stored", "check_folder"]
+LARGEST_LOAD = 400_000_000  # parameters up to which the weights themselves are loaded where accelerate is missing
+DEAD = 1e-3  # of the median norm of the rows
+REPLACED = 0.5  # of a row's norm: more than training moves it
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "embeddings.weight",
               "tok_embeddings.weight", "embedding.weight")  # fmt: skip
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "head.weight")
 
 
 def _stored(subject: Subject) -> Stored:
-    if subject.folder is None or not any(subject.folder.glob("*.safetensors")):
+    if subject.folder is None or not weight_files(subject.folder):
         raise NotApplicable("no folder with stored weights given")
     if "stored" not in subject._cache:
         subject._cache["stored"] = Stored(subject.folder)
     return subject._cache["stored"]
 
 
-def control_tokens(tokenizer: Any) -> dict[int, str]:
-    """id -> token of what the template writes and of BOS and EOS; not of padding."""
-    template = getattr(tokenizer, "chat_template", None) or ""
-    template = json.dumps(template) if isinstance(template, dict) else template
-    special = {t for t in tokenizer.all_special_tokens} | {str(t) for t in tokenizer.added_tokens_decoder.values()}
-    wanted = {t for t in special if t in template} | {tokenizer.bos_token, tokenizer.eos_token}
-    ids = {tokenizer.convert_tokens_to_ids(t): t for t in wanted if t}
-    pad = tokenizer.pad_token_id
-    return {i: t for i, t in ids.items() if isinstance(i, int) and (i != pad or t == tokenizer.eos_token)}
+def _matrices(stored: Stored) -> dict[str, str]:
+    """Names of embedding and head: matrices with a row per id."""
+    embedding = stored.find(*EMBEDDINGS)
+    if embedding is None or len(stored.shapes[embedding]) != 2:
+        return {}
+    head = stored.find(*HEADS)
+    if head is None or stored.shapes[head] != stored.shapes[embedding]:
+        return {"embedding": embedding}
+    return {"embedding": embedding, "head": head}
+
+
+# control tokens
+
+CHAT = [
+    {"role": "system", "content": "a"},
+    {"role": "user", "content": "b"},
+    {"role": "assistant", "content": "c"},
+    {"role": "user", "content": "d"},
+]
+
+
+def control_tokens(tokenizer: Any) -> tuple[dict[int, str], dict[int, str]]:
+    """id -> token of what a plain conversation, BOS and EOS need; and of what else the template may write."""
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    known = {str(t) for t in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    text = "".join(_render(tokenizer, messages) for messages in (CHAT, CHAT[1:])) if template else ""
+    needed = {t for t in known if t in text}
+    started = tokenizer("a")["input_ids"]
+    needed |= {t for t in known if tokenizer.convert_tokens_to_ids(t) in started}
+    if tokenizer.eos_token:
+        needed.add(tokenizer.eos_token)
+    others = {t for t in known if t in template} - needed
+
+    def ids(tokens: set[str]) -> dict[int, str]:
+        found = {tokenizer.convert_tokens_to_ids(t): t for t in sorted(tokens)}
+        pad = None if tokenizer.pad_token in needed else tokenizer.pad_token_id
+        return {i: t for i, t in found.items() if isinstance(i, int) and i != pad}
+
+    return ids(needed), ids(others)
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """Empty where the template refuses such a conversation (a system message, say)."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception:
+        return ""
 
 
 @check("untrained-token-rows", family="weights", tier=3, catalogue="K34")
@@ -127,49 +92,65 @@ def untrained_token_rows(subject: Subject) -> Outcome:
     Detected: the norm of each control token's row in embedding and head, against the median; rows that equal the
         rows of other tokens bit for bit.
     Tolerance: 1/1000 of the median norm.
-    Spares: the pad row; where every row is trainable it is a warning.
+    Spares: the pad row; weights drawn at random. A warning where a trainer trains these rows, and for tokens that a
+        plain conversation does not need (of tools).
     Fix: train these rows (`modules_to_save=["embed_tokens", "lm_head"]`, `trainable_token_indices`), or use tokens that
         were trained.
     Sources: torchtune#2429, unsloth#915, OpenRLHF#648, llama3#77, axolotl#1666.
     """
     subject.need("tokenizer")
     stored = _stored(subject)
-    tokens = control_tokens(subject.tokenizer)
-    if not tokens:
+    needed, others = control_tokens(subject.tokenizer)
+    if not needed:
         raise NotApplicable("template and tokenizer use no control token")
-    bad, medians = [], []
-    for name in filter(None, (stored.find(*EMBEDDINGS), stored.find(*HEADS))):
-        norms, hashes = [], []
-        for _, rows in stored.slices(name):
-            norms.append(rows.float().norm(dim=1))
-            hashes.append((rows.float() * torch.arange(1, rows.shape[1] + 1)).sum(1, dtype=torch.float64))
-        norm, key = torch.cat(norms), torch.cat(hashes)
+    matrices = _matrices(stored)
+    if not matrices:
+        raise NotRun("no embedding found among the stored tensors")
+    bad: dict[bool, list[dict[str, Any]]] = {True: [], False: []}  # by: a plain conversation needs it
+    median = 0.0
+    for name in matrices.values():
+        norm, key = _rows(stored, name)
         median = float(norm.median())
-        medians.append(median)
-        for token_id, token in tokens.items():
+        for token_id, token in {**others, **needed}.items():
             if token_id >= len(norm):
                 continue
             twins = int((key == key[token_id]).sum()) - 1
+            note = ""
             if norm[token_id] < DEAD * median:
-                bad.append({"ids": [token_id], "note": f"{name}: row of {token} has norm {float(norm[token_id]):.1e}"})
+                note = f"{name}: row of {token} has norm {float(norm[token_id]):.1e}"
             elif twins:
-                bad.append(
-                    {"ids": [token_id], "note": f"{name}: row of {token} equals the rows of {twins} other tokens"}
-                )
-    if not medians:
-        raise NotRun("no embedding found among the stored tensors")
-    limit = f"{DEAD:g} of the median norm {medians[0]:.3g}"
-    if not bad:
-        return passed(f"rows of {len(tokens)} control tokens are alive", limit)
-    text = f"{len(bad)} rows of control tokens were never trained"
-    return warned(text, limit, bad) if _trains_embeddings(subject) else failed(text, limit, bad)
+                note = f"{name}: row of {token} equals the rows of {twins} other tokens"
+            if note:
+                bad[token_id in needed].append({"ids": [token_id], "note": note})
+    limit = f"{DEAD:g} of the median norm {median:.3g}, like no other row"
+    evidence = bad[True] + bad[False]
+    if not evidence:
+        return passed(f"rows of {len(needed) + len(others)} control tokens are alive", limit)
+    text = f"{len(evidence)} rows of control tokens were never trained"
+    is_spared = not bad[True] or _trains_embeddings(subject)
+    return warned(text, limit, evidence) if is_spared else failed(text, limit, evidence)
+
+
+def _rows(stored: Stored, name: str) -> tuple[Tensor, Tensor]:
+    """(V,) norms of the rows, and (V,) a number that equal rows share."""
+    norms, keys = [], []
+    for _, rows in stored.slices(name):
+        if not rows.dtype.is_floating_point:
+            raise NotRun(f"{name} is stored as {rows.dtype}: its rows cannot be read as they are")
+        values = rows.float()
+        norms.append(values.norm(dim=1))
+        keys.append((values.double() @ torch.arange(1, rows.shape[1] + 1).double().sqrt()))
+    return torch.cat(norms), torch.cat(keys)
 
 
 def _trains_embeddings(subject: Subject) -> bool:
     if subject.model is None or subject.training is None:
         return False
     inner = subject.model.get_base_model() if hasattr(subject.model, "get_base_model") else subject.model
-    return all(p.requires_grad for p in inner.get_input_embeddings().parameters())
+    return any(p.requires_grad for p in inner.get_input_embeddings().parameters())
+
+
+# what the class needs
 
 
 @check("weights-missing", family="weights", tier=3, catalogue="K34")
@@ -178,25 +159,24 @@ def weights_missing(subject: Subject) -> Outcome:
 
     Symptom: a warning that scrolls by, then a model that is subtly or completely broken.
     Example: keys with a prefix that nobody strips; a tied head that was not stored while the config says untied.
-    Detected: what from_pretrained reports as missing, unexpected or of another shape; for large models the names and
-        shapes that the class has on the meta device.
+    Detected: what from_pretrained on the meta device reports as missing, unexpected or of another shape, so names
+        that transformers converts (fused experts) are converted; without accelerate, the weights are loaded, or, where
+        they are too many, names and shapes compared.
     Tolerance: none.
-    Spares: tied keys, buffers, and names that the class declares as ignorable.
+    Spares: tied keys, both copies of a tied pair, buffers, and names that the class declares as ignorable; unexpected
+        tensors are a warning.
     Fix: rename the keys to what the class expects, or set tie_word_embeddings to what was saved.
     Sources: train-llm-from-scratch#37, transformers#43429, nanoGPT#325.
     """
     stored = _stored(subject)
     if subject.make_model is None:
         raise NotApplicable("the class is not known")
-    if sum(torch.Size(shape).numel() for shape in stored.shapes.values()) <= LARGEST_LOAD:
-        info = _loading_info(subject)
-        missing, unexpected = sorted(map(str, info["missing_keys"])), sorted(map(str, info["unexpected_keys"]))
-        mismatched = sorted(str(m[0] if isinstance(m, (tuple, list)) else m) for m in info["mismatched_keys"])
-    else:
-        missing, unexpected, mismatched = _by_names(subject, stored)
+    if getattr(subject.config, "quantization_config", None) is not None:
+        raise NotApplicable("quantised weights have names of their own")
+    missing, unexpected, mismatched = _loading_info(subject, stored)
     found = {"missing": missing, "of another shape": mismatched, "unexpected": unexpected}
     evidence = [
-        {"note": f"{what}: {', '.join(names[:4])}{' …' if len(names) > 4 else ''}"}
+        {"note": f"{what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"}
         for what, names in found.items()
         if names
     ]
@@ -206,17 +186,32 @@ def weights_missing(subject: Subject) -> Outcome:
     return warned(text, "0", evidence) if unexpected else passed(text, "0")
 
 
-def _loading_info(subject: Subject) -> dict[str, Any]:
+Names = tuple[list[str], list[str], list[str]]
+
+
+def _loading_info(subject: Subject, stored: Stored) -> Names:
+    """Names that are missing, unexpected, and of another shape."""
     from transformers import AutoModelForCausalLM
 
-    options = {"trust_remote_code": subject.trust_remote_code, "output_loading_info": True}
+    options: dict[str, Any] = {"trust_remote_code": subject.trust_remote_code, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True
     try:
-        return AutoModelForCausalLM.from_pretrained(subject.folder, ignore_mismatched_sizes=True, **options)[1]
+        import accelerate  # noqa: F401  # which transformers asks for with a device_map
+
+        options["device_map"] = "meta"
+    except ImportError:
+        if sum(torch.Size(shape).numel() for shape in stored.shapes.values()) > LARGEST_LOAD:
+            return _by_names(subject, stored)
+    try:
+        info = AutoModelForCausalLM.from_pretrained(subject.folder, **options)[1]
     except Exception as error:
-        raise NotRun(f"from_pretrained raises {type(error).__name__}: {str(error).splitlines()[0][:150]}") from None
+        text = (str(error).strip() or "no message").split("\n")[0][:150]
+        raise NotRun(f"from_pretrained raises {type(error).__name__}: {text}") from None
+    mismatched = sorted(str(m[0] if isinstance(m, (tuple, list)) else m) for m in info["mismatched_keys"])
+    return sorted(map(str, info["missing_keys"])), sorted(map(str, info["unexpected_keys"])), mismatched
 
 
-def _by_names(subject: Subject, stored: Stored) -> tuple[list[str], list[str], list[str]]:
+def _by_names(subject: Subject, stored: Stored) -> Names:
     assert subject.make_model is not None
     with torch.device("meta"):
         model: Any = subject.make_model(copy.deepcopy(subject.config))
@@ -226,52 +221,120 @@ def _by_names(subject: Subject, stored: Stored) -> tuple[list[str], list[str], l
         set(wanted) - set(stored.shapes) - (tied if getattr(subject.config, "tie_word_embeddings", False) else set())
     )
     if len(missing) > len(wanted) // 2:
-        raise NotRun("the stored names are converted on load: load the model once to see what is missing")
+        raise NotRun("the stored names are converted on load: install accelerate to see what is missing")
     ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     unexpected = sorted(n for n in set(stored.shapes) - set(wanted) if not any(p.search(n) for p in ignored))
     return missing, unexpected, sorted(n for n in wanted.keys() & stored.shapes.keys() if wanted[n] != stored.shapes[n])
 
 
+# what is in them
+
+
+@dataclass
+class Values:
+    """Of one stored tensor of floating point."""
+
+    lowest: float
+    highest: float
+    num_wrong: int = 0  # not finite
+    first_wrong: int = 0  # row
+
+
+def _values(subject: Subject, stored: Stored) -> dict[str, Values | None]:
+    """Read once for all checks; None for integers and for tensors without numbers."""
+    if "values" not in subject._cache:
+        subject._cache["values"] = {name: _read(stored, name) for name in stored.shapes}
+    return subject._cache["values"]
+
+
+def _read(stored: Stored, name: str) -> Values | None:
+    found: Values | None = None
+    if not torch.Size(stored.shapes[name]).numel():
+        return None
+    for first, rows in stored.slices(name):
+        if not rows.dtype.is_floating_point:
+            return None
+        values = rows.float() if rows.dtype.itemsize < 2 else rows
+        finite = torch.isfinite(values)
+        lowest, highest = (float(x) for x in torch.aminmax(values.nan_to_num(0, 0, 0)))
+        found = found or Values(lowest, highest)
+        found.lowest, found.highest = min(lowest, found.lowest), max(highest, found.highest)
+        if not finite.all():
+            if not found.num_wrong:
+                found.first_wrong = first + (int((~finite).flatten(1).any(1).nonzero()[0]) if values.ndim > 1 else 0)
+            found.num_wrong += int((~finite).sum())
+    return found
+
+
 @check("weights-not-finite", family="weights", tier=3, catalogue="K34")
 def weights_not_finite(subject: Subject) -> Outcome:
-    """A stored tensor holds NaN or infinity, or is zero throughout.
+    """A stored tensor holds NaN or infinity, or no number at all.
 
-    Symptom: NaN in the first forward pass, or a layer that does nothing.
-    Example: a save in fp16 of values above 65504; a conversion that left a tensor empty.
+    Symptom: NaN in the first forward pass, or an error about shapes on load.
+    Example: a save in fp16 of values above 65504; a sharded save that left a tensor empty.
     Detected: every stored tensor, slice by slice.
-    Tolerance: none for values that are not finite; matrices of zeros warn.
-    Spares: biases and norms, which may be zero; integer tensors of quantised models; output projections and LoRA B
-        matrices that start at zero.
-    Fix: save in bfloat16 or float32; convert that tensor again.
+    Tolerance: none.
+    Spares: integer tensors of quantised models.
+    Fix: save in bfloat16 or float32; convert that tensor again; gather sharded parameters before saving.
     Sources: transformers#5651, trl#4416.
     """
-    stored, bad, dead = _stored(subject), [], []
-    for name, shape in stored.shapes.items():
-        if not torch.Size(shape).numel():
-            bad.append({"note": f"{name}: holds no number, shape {list(shape)}"})
-            continue
-        largest = 0.0
-        for first, rows in stored.slices(name):
-            if not rows.dtype.is_floating_point:
-                break
-            finite = torch.isfinite(rows.float() if rows.dtype.itemsize < 2 else rows)
-            if not finite.all():
-                row = first + (int((~finite).flatten(1).any(1).nonzero()[0]) if rows.ndim > 1 else 0)
-                bad.append({"row": row, "note": f"{name}: {int((~finite).sum())} values are not finite"})
-                largest = 1.0
-                break
-            largest = max(largest, float(rows.abs().max()))
-        else:
-            if largest == 0 and len(shape) > 1:
-                dead.append({"note": f"{name}: all zero"})
-    text = f"{len(stored.shapes)} tensors read, {len(bad)} not finite or empty, {len(dead)} matrices all zero"
-    if bad:
-        return failed(text, "0", bad)
-    return (
-        warned(text, "0", dead, "a fresh output projection may be zero; a trained one may not")
-        if dead
-        else passed(text, "0")
-    )
+    stored = _stored(subject)
+    bad = [
+        {"row": v.first_wrong, "note": f"{name}: {v.num_wrong} values are not finite"}
+        for name, v in _values(subject, stored).items()
+        if v is not None and v.num_wrong
+    ]
+    empty = [n for n, shape in stored.shapes.items() if not torch.Size(shape).numel()]
+    bad += [{"note": f"{name}: holds no number, shape {list(stored.shapes[name])}"} for name in empty]
+    text = f"{len(stored.shapes)} tensors read, {len(bad)} not finite or empty"
+    return failed(text, "0", bad) if bad else passed(text, "0")
+
+
+@check("weights-zero-or-constant", family="weights", tier=3, catalogue="K34")
+def weights_zero_or_constant(subject: Subject) -> Outcome:
+    """A stored tensor is one number throughout, where the class would not have it so.
+
+    Symptom: a layer that does nothing; a model that is worse than its size.
+    Example: a conversion that left a tensor as it was allocated; a norm whose weights are all zero.
+    Detected: lowest and highest value of every stored tensor, against the tensor of that name in a fresh small model.
+    Tolerance: none; always a warning, since training may leave such a tensor.
+    Spares: whatever a fresh model has too: norms of one, biases of zero, output projections that start at zero;
+        tensors of fewer than 8 numbers.
+    Fix: convert that tensor again, or look at whether anything trains it.
+    Sources: trl#4416.
+    """
+    stored = _stored(subject)
+    constant = {
+        name: v.lowest
+        for name, v in _values(subject, stored).items()
+        if v is not None and v.lowest == v.highest and torch.Size(stored.shapes[name]).numel() >= 8 and not v.num_wrong
+    }
+    fresh = _fresh_constants(subject) if constant else {}
+    dead = {name: v for name, v in constant.items() if v not in fresh.get(_kind(name), set())}
+    text = f"{len(stored.shapes)} tensors read, {len(constant)} constant, {len(dead)} of them not so in a fresh model"
+    evidence = [{"note": f"{name}: all {value:g}"} for name, value in list(dead.items())[:6]]
+    return warned(text, "0", evidence) if dead else passed(text, "0")
+
+
+def _kind(name: str) -> str:
+    """A tensor's name without the number of its layer, and without the prefix that stored names may lack."""
+    return re.sub(r"\d+", "#", name).split("#.", 1)[-1] if re.search(r"\.\d+\.", name) else name.rpartition(".")[2]
+
+
+def _fresh_constants(subject: Subject) -> dict[str, set[float]]:
+    """Kind of name -> the numbers of which a fresh model has whole tensors."""
+    if not subject.can_build():
+        return {}
+    found: dict[str, set[float]] = {}
+    fresh = Subject("fresh", config=subject.config, make_model=subject.make_model)  # never the live weights
+    with fresh.small_model(draw=False) as model:
+        for name, value in model.state_dict().items():
+            if value.is_floating_point() and value.numel() and value.min() == value.max():
+                found.setdefault(_kind(name), set()).add(float(value.min()))
+    return found
+
+
+# against what it was made from
 
 
 @check("rows-differ-from-reference", family="weights", tier=3, catalogue="K34")
@@ -280,9 +343,10 @@ def rows_differ_from_reference(subject: Subject) -> Outcome:
 
     Symptom: after adding tokens, merging or exporting, old tokens mean something else.
     Example: a resize to the tokenizer's length that cuts trained rows; an init that writes the wrong rows.
-    Detected: embedding and head against --reference, row by row.
-    Tolerance: equal bit for bit in the same dtype; 1 % of a row's norm where the dtype changed.
-    Spares: rows that were added.
+    Detected: embedding and head against --reference, row by row; and which other tensors have changed.
+    Tolerance: equal bit for bit in the same dtype; 1 % of a row's norm where the dtype changed. Where other tensors
+        have changed too, as after training, only rows that moved by half of their norm count, and are a warning.
+    Spares: rows that were added; models that were trained since.
     Fix: resize with `resize_token_embeddings(max(rows, len(tokenizer)))`, and initialise the new rows only.
     Sources: unsloth-zoo#923, LlamaFactory#10547.
     """
@@ -290,16 +354,22 @@ def rows_differ_from_reference(subject: Subject) -> Outcome:
     if subject.reference is None:
         raise NotApplicable("no reference given")
     reference = Stored(subject.reference)
-    compared = 0
+    pairs = {kind: (name, _matrices(reference)[kind]) for kind, name in _matrices(stored).items()
+             if kind in _matrices(reference)}  # fmt: skip
+    if not pairs:
+        raise NotRun("no embedding found in both folders")
+    num_others, changed_others = _other_changes(stored, reference, {n for pair in pairs.values() for n in pair})
+    is_trained = bool(changed_others)
+    cut: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
-    for kind in (EMBEDDINGS, HEADS):
-        mine, theirs = stored.find(*kind), reference.find(*kind)
-        if mine is None or theirs is None:
-            continue
+    compared = 0
+    for mine, theirs in pairs.values():
         a, b = stored.shapes[mine], reference.shapes[theirs]
+        if a[1:] != b[1:]:
+            raise NotRun(f"{mine} has rows of {a[1]} numbers, the reference's {b[1]}: another model")
         if a[0] < b[0]:
-            bad.append({"note": f"{mine}: {a[0]} rows, the reference has {b[0]}"})
-        loose = 0.01 if stored.dtypes[mine] != reference.dtypes[theirs] else 0.0
+            cut.append({"note": f"{mine}: {a[0]} rows, the reference has {b[0]}"})
+        loose = REPLACED if is_trained else 0.01 if stored.dtypes[mine] != reference.dtypes[theirs] else 0.0
         changed: list[int] = []
         for (first, x), (_, y) in zip(stored.slices(mine), reference.slices(theirs), strict=False):
             count = min(len(x), len(y))
@@ -310,11 +380,29 @@ def rows_differ_from_reference(subject: Subject) -> Outcome:
         if changed:
             note = f"{mine}: {len(changed)} rows differ, {changed[0]} is the first"
             bad.append({"ids": changed[:8], "note": note, **_name(subject, changed[0])})
-    if not compared:
-        raise NotRun("no embedding found in both folders")
+    text = f"{compared} rows compared; {len(changed_others)} of {num_others} other tensors have changed"
+    if cut or (bad and not is_trained):
+        return failed("; ".join(item["note"] for item in cut + bad)[:160], "0 rows", cut + bad)
     if bad:
-        return failed("; ".join(item["note"] for item in bad)[:160], "0 rows", bad)
-    return passed(f"{compared} rows are those of the reference", "0 rows")
+        fix = "If these tokens were not meant to be learned anew, look at what initialised their rows."
+        return warned(f"{text}, as in training; some rows were replaced", "half of a row's norm", bad, fix)
+    return passed(text, "0 rows")
+
+
+def _other_changes(stored: Stored, reference: Stored, embeddings: set[str]) -> tuple[int, list[str]]:
+    """How many tensors both folders have, and which of them changed by more than another dtype rounds."""
+    common = [n for n in stored.shapes if n in reference.shapes and n not in embeddings]
+    changed = []
+    for name in common:
+        if stored.shapes[name] != reference.shapes[name]:
+            changed.append(name)
+            continue
+        loose = 0.01 if stored.dtypes[name] != reference.dtypes[name] else 0.0
+        for (_, x), (_, y) in zip(stored.slices(name), reference.slices(name), strict=True):
+            if (x.float() - y.float()).norm() > loose * y.float().norm():
+                changed.append(name)
+                break
+    return len(common), changed
 
 
 def _name(subject: Subject, token_id: int) -> dict[str, Any]:
@@ -323,64 +411,39 @@ def _name(subject: Subject, token_id: int) -> dict[str, Any]:
     return {"text": subject.tokenizer.decode([token_id])}
 
 
-@check("adapter-does-not-fit", family="weights", tier=3, catalogue="K34")
-def adapter_does_not_fit(subject: Subject) -> Outcome:
-    """The adapter's tensors have no place in this model, or were never trained.
+WIDTHS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-    Symptom: the model with its adapter answers like the base.
-    Example: keys renamed by a wrapper; an adapter of another base; matrices B that are all zero.
-    Detected: every key of adapter_model.safetensors must name a module of the model, with fitting shapes; B is read.
-    Tolerance: none.
-    Spares: an adapter that was saved before the first step has zero B: a warning.
-    Fix: load the adapter on the base that its adapter_config.json names; save it with PEFT's save_pretrained.
-    Sources: peft#1323, #3533, #2772.
+
+@check("dtype-changed", family="weights", tier=3, catalogue="K34")
+def dtype_changed(subject: Subject) -> Outcome:
+    """The weights are stored in another dtype than the config says, or the reference had.
+
+    Symptom: a merged or exported model that is a little worse; values above 65504 that became infinite.
+    Example: a save in fp16 of a model trained in bf16; a config that says float32 over bf16 files.
+    Detected: the dtype that most stored numbers have, against `dtype` of the config and that of --reference.
+    Tolerance: none; always a warning.
+    Spares: a few tensors that are kept in float32 (norms, routers); quantised weights.
+    Fix: save in the dtype of training, and set `dtype` in config.json to it.
+    Sources: transformers#10789.
     """
-    if subject.adapter is None:
-        raise NotApplicable("no adapter folder given")
-    subject.need("config")
-    files = sorted(subject.adapter.glob("adapter_model*.safetensors"))
-    if not files:
-        raise NotRun("the adapter folder holds no adapter_model.safetensors")
-    shapes = {n: tuple(e["shape"]) for path in files for n, e in _header(path).items() if n != "__metadata__"}
-    if subject.model is not None:
-        wanted = {name: tuple(p.shape) for name, p in subject.model.named_parameters()}
-    else:
-        assert subject.make_model is not None
-        with torch.device("meta"):
-            wanted = {
-                n: tuple(p.shape) for n, p in subject.make_model(copy.deepcopy(subject.config)).named_parameters()
-            }
-    homeless, misfits, num_b, zero_b = [], [], 0, 0
-    for name, shape in shapes.items():
-        module = re.sub(r"^base_model\.model\.", "", name)
-        kind = re.search(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(\.\w+)?(\.weight)?$", module)
-        base = module[: kind.start()] if kind else module.replace(".modules_to_save", "").rsplit(".", 1)[0]
-        home = wanted.get(f"{base}.weight") or wanted.get(f"{base}.base_layer.weight")
-        if home is None:
-            homeless.append(name)
-        elif kind and kind[1] == "lora_A" and shape[-1] not in home:
-            misfits.append(f"{name} {list(shape)} on {list(home)}")
-        elif kind and kind[1] == "lora_B":
-            num_b += 1
-            zero_b += not _largest(files, name)
-            if shape[0] not in home:
-                misfits.append(f"{name} {list(shape)} on {list(home)}")
-    evidence = [{"note": f"no module for {', '.join(homeless[:3])}"}] if homeless else []
-    evidence += [{"note": f"does not fit: {', '.join(misfits[:3])}"}] if misfits else []
-    text = f"{len(shapes)} tensors, {len(homeless)} without a module, {len(misfits)} of another shape"
-    if homeless or misfits or not shapes:
-        return failed(text, "0", evidence or [{"note": "the adapter is empty"}])
-    if num_b and zero_b == num_b:
-        return warned(f"{text}; every B is zero", "0", [{"note": "this adapter changes nothing: it was never trained"}])
-    return passed(text, "0")
+    stored = _stored(subject)
+    if getattr(subject.config, "quantization_config", None) is not None:
+        raise NotApplicable("quantised weights")
+    mine = _most_common_dtype(stored)
+    if mine is None:
+        raise NotApplicable("no weights of floating point")
+    given = getattr(subject.config, "dtype", None)
+    says = str(given).removeprefix("torch.") if given is not None else None
+    before = _most_common_dtype(Stored(subject.reference)) if subject.reference else None
+    evidence = [{"note": f"{who} {other}"} for who, other in (("config.dtype is", says), ("the reference has", before))
+                if other is not None and other != mine]  # fmt: skip
+    text = f"most numbers are stored as {mine}"
+    return warned(text, "the dtype of the config and of the reference", evidence) if evidence else passed(text)
 
 
-def _largest(files: list[Path], name: str) -> float:
-    from safetensors import safe_open
-
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            if name in file.keys():  # noqa: SIM118  # a safe_open has no __contains__
-                value: Tensor = file.get_tensor(name)
-                return float(value.abs().max()) if value.numel() else 0.0
-    return 0.0
+def _most_common_dtype(stored: Stored) -> str | None:
+    counts: dict[str, int] = {}
+    for name, dtype in stored.dtypes.items():
+        if dtype in WIDTHS:
+            counts[dtype] = counts.get(dtype, 0) + torch.Size(stored.shapes[name]).numel()
+    return WIDTHS[max(counts, key=lambda d: counts[d])] if counts else None

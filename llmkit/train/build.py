@@ -248,6 +248,15 @@ def folders(config: PretrainConfig) -> tuple[Path, Path]:
     return Path(config.data_dir), Path(config.store_dir or Path(config.output_dir).parent / "data")
 
 
+def check_vocabulary(rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError where the embedding has fewer rows than the tokenizer ids."""
+    if rows < len(tokenizer):
+        raise UserError(
+            f"vocab_size={rows} of the model is smaller than the tokenizer's {len(tokenizer)} ids; "
+            f"set config_overrides.vocab_size to {len(tokenizer)} or more, or leave it out"
+        )
+
+
 def get_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A fresh model of `model_type`, or a checkpoint, in float32. Raises UserError for what does not fit."""
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
@@ -261,12 +270,7 @@ def get_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
             raise UserError(f"model_name_or_path={path!r}: cannot be loaded ({str(error).splitlines()[0]})") from None
     else:
         model = _fresh_model(config, tokenizer, attention)
-    rows = model.get_input_embeddings().num_embeddings
-    if rows < len(tokenizer):
-        raise UserError(
-            f"vocab_size={rows} of the model is smaller than the tokenizer's {len(tokenizer)} ids; "
-            f"set config_overrides.vocab_size to {len(tokenizer)} or more, or leave it out"
-        )
+    check_vocabulary(model.get_input_embeddings().num_embeddings, tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and limit < config.max_length:
         raise UserError(

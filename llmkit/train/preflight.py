@@ -31,6 +31,7 @@ from ..run import Run, check_output_dir, quiet_libraries, resolve_model_dir
 from .build import (
     Job,
     check_config,
+    check_vocabulary,
     eval_shard_names,
     flops_per_token,
     folders,
@@ -70,6 +71,8 @@ def get_subject(config: PretrainConfig, tier: int) -> Subject:
         subject.folder = Path(path) if Path(path).is_dir() else None
     if tier == 0:
         subject.config = _config(config, tokenizer)
+        text_config = subject.config.get_text_config()
+        check_vocabulary(getattr(text_config, "vocab_size", len(tokenizer)), tokenizer)
         return subject
     random.seed(config.seed)
     torch.manual_seed(config.seed)

@@ -138,7 +138,7 @@ def end_of_turn_strips(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path
     return from_parts(tokenizer=tokenizer, model=llama())
 
 
-@plant("rows-lose-case-by-decoder", caught_by="text-lost", bug="T5", evidence="row text")
+@plant("rows-lose-their-tabs", caught_by="text-lost", bug="T5", evidence="row 0, text")
 def rows_lose_their_tabs(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
     """Tabs of the user's own code become blanks in a step that is no normaliser."""
     tokenizer = bpe_tokenizer()

@@ -224,7 +224,7 @@ def test_a_disk_that_fills_while_training_is_one_line(work, monkeypatch, capsys)
 
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", save)
     assert "runs/new/model: the disk is full" in the_line(["pretrain", recipe(work)], capsys)
-    assert sorted(contents(work / "runs/new")) == ["manifest.json", "metrics.jsonl", "recipe.yaml"]
+    assert sorted(contents(work / "runs/new")) == ["check.json", "manifest.json", "metrics.jsonl", "recipe.yaml"]
     monkeypatch.undo()
     assert cli.main(["pretrain", recipe(work), "--data_dir", str(work), "--output_dir", str(work / "runs/new")]) == 0
 
