@@ -31,8 +31,11 @@ CAUSAL, EQUAL = 1e-5, 1e-4  # of the logits' standard deviation: same shapes, ot
 
 
 def noise(model: nn.Module, ids: Tensor) -> float:
-    """What the logits of a row move by when it is run alone and in a batch: rounding of other shapes, nothing else."""
-    whole, alone = logits_of(model, ids), logits_of(model, ids[:1])
+    """What the logits of a row move by when it is run alone and beside copies of itself: rounding of other shapes.
+
+    Beside other rows they would also move where rows see each other, and a bug would raise its own limit.
+    """
+    whole, alone = logits_of(model, ids[:1].expand(len(ids), -1)), logits_of(model, ids[:1])
     return float((whole[:1] - alone).abs().median() / whole.std().clamp_min(1e-12))
 
 
@@ -174,6 +177,29 @@ def _generate_difference(model: Any, ids: Tensor, pad: Tensor, scale: Tensor) ->
             return None
         scores.append(out.logits[0])
     return difference(scores[0], scores[1], scale)
+
+
+@check("forward-not-repeatable", family="model", tier=2, catalogue="K20")
+def forward_not_repeatable(subject: Subject) -> Outcome:
+    """The same input gives other logits, in evaluation mode.
+
+    Symptom: evaluation jitters, preference log-probabilities differ between two passes, a reloaded model looks broken.
+    Example: functional dropout without `training=self.training`; noise that is left on.
+    Detected: the same rows twice in evaluation mode.
+    Tolerance: none on a CPU, 1e-6 of the logits' deviation elsewhere.
+    Spares: training mode.
+    Fix: pass `training=self.training` to every functional dropout, and switch noise off in eval().
+    Sources: trl#744, #2042, examples of E4.
+    """
+    with probed(subject) as (model, ids):
+        a, b = logits_of(model, ids), logits_of(model, ids)
+        scale = need_alive(a)
+        moved, limit = difference(a, b, scale), 0.0 if ids.device.type == "cpu" else 1e-6
+    if moved > limit:
+        row, position = divmod(int((a - b).abs().amax(-1).argmax()), ids.shape[1])
+        evidence = [{"row": row, "position": position, "note": "two passes of the same rows"}]
+        return failed(f"logits move by {moved:.1e} of their deviation", f"{limit:g}", evidence)
+    return passed(f"logits move by {moved:g} of their deviation", f"{limit:g}")
 
 
 @check("batch-changes-logits", family="model", tier=2, catalogue="K20")

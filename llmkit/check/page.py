@@ -99,7 +99,7 @@ def verdict(report: Report) -> str:
         return f"Nothing failed, but {_checks(unknown)} could not run."
     if warnings:
         return f"Nothing failed; {_checks(warnings)} warned: have a look."
-    return "Nothing is wrong." if report.count("pass") else "Nothing was checked."
+    return "Nothing wrong was found." if report.count("pass") else "Nothing was checked."
 
 
 def _checks(count: int) -> str:

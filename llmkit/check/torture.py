@@ -149,12 +149,23 @@ class Alphabet:
         self.letters = set("".join(token for token in vocabulary if token not in added))
         self.letters |= {c for c in added if len(c) == 1}  # SentencePiece models add "\n" or a tab like that
         self.letters |= {" "} if MARKED in self.letters else set()
+        self.is_blind = nature(tokenizer).kind == "words"  # to white space, by design
 
     def lacks(self, text: str) -> set[str]:
-        return {c for c in set(text) if c not in self.letters and not set(c.encode("utf-8")) <= self.bytes}
+        lacking = {c for c in set(text) if c not in self.letters and not set(c.encode("utf-8")) <= self.bytes}
+        return {c for c in lacking if not (self.is_blind and c.isspace())}
 
 
 # what it does
+
+CHANGES = {
+    "edge": "white space at the right edge is lost",
+    "blanks": "runs of blanks are collapsed",
+    "white": "white space is lost",
+    "inserted": "white space is put in",
+    "letters": "characters are changed",
+    "case": "case, accents or width are changed",
+}
 
 
 @dataclass(frozen=True)
@@ -165,12 +176,12 @@ class Alteration:
     text: str
     back: str
     stage: str
-    what: str  # edge, blanks (runs of them), white, inserted, letters, case (and accents, width)
+    what: str  # of CHANGES
 
     def evidence(self) -> dict[str, Any]:
         at = first_difference(self.text, self.back)
         cut = slice(max(0, at - SHOWN), at + SHOWN)
-        note = f"{self.name}: {self.what} changed by the {self.stage}, from character {at} on"
+        note = f"{self.name}: {CHANGES[self.what]} by the {self.stage}, from character {at} on"
         return {"position": at, "text": f"{self.text[cut]!r} -> {self.back[cut]!r}", "note": note}
 
 
@@ -241,6 +252,13 @@ def severity(item: Alteration, kind: Nature) -> str:
     return "warn" if kind.kind in ("words", "unknown") else "fail"
 
 
+def _own_words(tokenizer: Any) -> dict[str, str]:
+    """A text of the vocabulary's own words: what a vocabulary of whole words can spell."""
+    added = {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
+    words = [token for token in tokenizer.get_vocab() if token.isascii() and token.isalpha() and token not in added]
+    return {"words of the vocabulary": " ".join(sorted(words, key=lambda w: (-len(w), w))[:20])} if words else {}
+
+
 def stripping_tokens(tokenizer: Any) -> list[dict[str, Any]]:
     """Control tokens that eat white space on both sides of them."""
     found = []
@@ -273,8 +291,9 @@ def text_lost(subject: Subject) -> Outcome:
     """
     subject.need("tokenizer")
     tokenizer, kind, own = subject.tokenizer, nature(subject.tokenizer), own_texts(subject)
-    altered, beyond = alterations(tokenizer, TORTURE | own)
-    if len(beyond) == len(TORTURE) + len(own):
+    texts = TORTURE | _own_words(tokenizer) | own
+    altered, beyond = alterations(tokenizer, texts)
+    if len(beyond) == len(texts):
         raise NotRun("no sample can be spelled by this vocabulary")
     grades: dict[str, list[Alteration]] = {"fail": [], "warn": [], "pass": []}
     for item in sorted(altered, key=lambda item: item.name not in own):  # the user's rows first
@@ -282,7 +301,7 @@ def text_lost(subject: Subject) -> Outcome:
     stripped = stripping_tokens(tokenizer)
     lost = grades["fail"] + grades["warn"]
     names = {item.name for item in lost}
-    measured = f"{len(names)} of {len(TORTURE) + len(own) - len(beyond)} texts come back otherwise"
+    measured = f"{len(names)} of {len(texts)} texts come back otherwise"
     if mine := len(names & set(own)):
         measured += f", {mine} of them from the rows"
     measured += f"; {len(beyond)} hold characters outside the vocabulary" if beyond else ""
@@ -329,7 +348,7 @@ def tokenizer_changes_on_reload(subject: Subject) -> Outcome:
     Example: a chat template that is not saved; a change of the backend that only lives in memory.
     Detected: save_pretrained and from_pretrained in a temporary folder: ids of a torture set and their decoding,
         special ids, template.
-    Tolerance: none.
+    Tolerance: none; a padding side that was set after loading: a warning.
     Spares: fields that say where a tokenizer came from.
     Fix: make the change before saving through the tokenizer's own methods, and save the template with it.
     Sources: transformers#25814, LlamaFactory#5232, llama-cpp-rs#1096.
@@ -358,6 +377,8 @@ def tokenizer_changes_on_reload(subject: Subject) -> Outcome:
             evidence.append({"note": "the chat template is another one" if b[key] else "the chat template is gone"})
         else:
             evidence.append({"note": f"{key}: {a[key]!r} -> {b[key]!r}"[:200]})
+    if bad == ["padding side"]:  # transformers writes the one that it was loaded with
+        return warned("padding side changed", "equal", evidence, "set tokenizer.padding_side after loading")
     if bad:
         return failed(f"{', '.join(bad)} changed", "equal", evidence)
     return passed(f"{len(texts)} texts, special ids and template are the same", "equal")

@@ -231,7 +231,7 @@ def test_the_verdict_is_the_reports():
     assert said("fail", "pass") == "1 check failed: mend it before you start the run."
     assert said("not_run", "warn") == "Nothing failed, but 1 check could not run."
     assert said("warn") == "Nothing failed; 1 check warned: have a look."
-    assert said("pass", "not_applicable") == "Nothing is wrong."
+    assert said("pass", "not_applicable") == "Nothing wrong was found."
     assert said("not_applicable") == "Nothing was checked."
 
 
