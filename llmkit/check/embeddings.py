@@ -19,6 +19,8 @@ SHORTEST, LONGEST = 1e-4, 10  # of a new row, in units of the median: transforme
 
 def _weight(module: Any) -> Any:
     """Of a linear or embedding layer, whatever an adapter put around it."""
+    if hasattr(module, "token_adapter"):  # makes its rows anew at every look
+        module = module.original_module
     while module is not None and hasattr(module, "base_layer"):
         module = module.base_layer
     return getattr(module, "weight", None)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import UserError
 
-SLICE = 50_000_000  # elements read at once
+SLICE = 16_000_000  # elements read at once
 LARGEST_HEADER = 100_000_000  # bytes; what safetensors allows
 POINTER = b"version https://git-lfs"
 

@@ -4,11 +4,10 @@ Owns the tier-0 checks K5. Leaves out prompts, turns and masks (`turns.py`, whos
 and what the trainer makes of the template (`rows.py`).
 """
 
+import contextlib
 import datetime
 import re
 from typing import Any
-
-import jinja2
 
 from . import turns  # noqa: F401  its checks are of this family as well
 from .audit import content_text
@@ -25,7 +24,7 @@ from .conversations import (
 from .runner import Outcome, check, failed, passed, warned
 from .spans import SENTINELS
 from .subject import NotApplicable, NotRun, Subject
-from .torture import first_difference
+from .torture import encode, first_difference
 
 NULL = re.compile(r"None(?![a-z])|\b(?:null|nan|NaN)\b")
 THOUGHT = re.compile(r"<think>.*?</think>|^.*?</think>", re.S)
@@ -100,12 +99,12 @@ def _changed(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
 def _longer(tokenizer: Any, subject: Subject) -> list[tuple[list[dict[str, Any]], str]]:
     """Sentinel conversations of many turns, and in the orders of roles that the rows have."""
     roles = [tuple(str(m.get("role")) for m in own_conversation(row)) for row in subject.rows[:500]]
-    orders = dict.fromkeys(r for r in roles if r and len(r) <= len(SENTINELS) and set(r) <= {*_KNOWN})
+    orders = dict.fromkeys(
+        r for r in roles if r and len(r) <= len(SENTINELS) and set(r) <= {"system", "user", "assistant"}
+    )
     found = []
-    try:
+    with contextlib.suppress(NotRun):  # a template for few turns
         found.append(conversation(tokenizer, longer=4))
-    except NotRun:  # a template for few turns
-        pass
     for order in list(orders)[:20]:
         messages = messages_of(tokenizer, order)
         try:
@@ -113,9 +112,6 @@ def _longer(tokenizer: Any, subject: Subject) -> list[tuple[list[dict[str, Any]]
         except Exception:  # `no-token-trained` counts rows that cannot be rendered
             continue
     return found
-
-
-_KNOWN = ("system", "user", "assistant")
 
 
 def _rows_altered(subject: Subject) -> tuple[int, list[dict[str, Any]]]:
@@ -134,7 +130,8 @@ def _rows_altered(subject: Subject) -> tuple[int, list[dict[str, Any]]]:
             is_told = message.get("role") not in ("tool", "function", "ipython")
             if content and is_told and content not in text:
                 note = f"{message.get('role')} content of message {k} is not in the text as it is"
-                bad.append({"row": index, "position": k, "text": content[:80], "note": note})
+                ids = encode(subject.tokenizer, content[:80])[:12]
+                bad.append({"row": index, "position": k, "ids": ids, "text": content[:80], "note": note})
     return looked, bad
 
 
@@ -154,7 +151,9 @@ def template_writes_none(subject: Subject) -> Outcome:
     tokenizer = need_template(subject)
     messages, plain = conversation(tokenizer)
     known = _literal_words(tokenizer)
-    bad, possible, texts = [], [], {}
+    bad: list[dict[str, Any]] = []
+    possible: list[dict[str, Any]] = []
+    texts: dict[str, str] = {}
     for key in ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking", "tools", "images"):
         try:
             texts[f"{key}=null"] = render(tokenizer, [{**m, key: None} for m in messages])
@@ -187,6 +186,8 @@ def template_writes_none(subject: Subject) -> Outcome:
 
 def _literal_words(tokenizer: Any) -> set[str]:
     """None, null and nan as far as the template's own text holds them."""
+    import jinja2  # transformers needs it for templates, and only for them
+
     try:
         tokens = list(jinja2.Environment().lex(str(tokenizer.chat_template)))
     except jinja2.TemplateSyntaxError:

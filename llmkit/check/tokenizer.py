@@ -1,7 +1,7 @@
-"""The tokenizer's ids: within the model's rows, one for each control token, the model's own, one BOS.
+"""The tokenizer's ids: within the model's rows, one for each control token, the model's own.
 
-Owns the tier-0 checks K1 to K3. Leaves out round trips (`torture.py`), what templates do (`template.py`) and rows of a
-trainer's own making (`rows.py`), except for the BOS in them.
+Owns the tier-0 checks K1 and K2. Leaves out BOS (`bos.py`) and round trips (`torture.py`), whose checks are of this
+family as well, and what templates do (`template.py`).
 """
 
 import json
@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .conversations import conversation, turn_ends, written_by_template
+from .bos import trained_rows
+from .conversations import turn_ends, written_by_template
 from .runner import Outcome, check, failed, passed, warned
 from .spans import decode
-from .subject import LabelledRow, NotApplicable, NotRun, Subject
-from .torture import encode  # whose checks are of this family as well
+from .subject import NotApplicable, NotRun, Subject
+from .torture import encode
 
 STRUCTURE = re.compile(r"turn|start|end|begin|im_|eot|eom|bos|eos|header|^s$", re.I)
 ROLE = re.compile(r"system|user|assistant|human|bot|model|tool|observation|developer", re.I)
@@ -59,13 +60,6 @@ def named_ids(subject: Subject, kind: str) -> set[int]:
     return found
 
 
-def _rows(subject: Subject) -> list[LabelledRow]:
-    try:
-        return subject.labelled_rows(50)
-    except (NotApplicable, NotRun):
-        return []
-
-
 # K1: bounds
 
 
@@ -91,7 +85,7 @@ def ids_beyond_embedding(subject: Subject) -> Outcome:
     beyond = sorted((i, token) for token, i in vocabulary.items() if i >= rows)
     evidence: list[dict[str, Any]] = [{"ids": [i], "note": f"token {token!r}"} for i, token in beyond[:5]]
     measured, limit = f"largest id {largest}, {rows} rows", f"largest id {rows - 1}"
-    for row in _rows(subject):
+    for row in trained_rows(subject):
         at = next((k for k, i in enumerate(row.input_ids) if not 0 <= i < rows), None)
         if at is not None:
             ids = row.input_ids[at : at + 8]
@@ -287,10 +281,11 @@ def stop_token_missing(subject: Subject) -> Outcome:
 
 def own_tokenizer(subject: Subject) -> Any:
     """The tokenizer of the folder that the model's weights came from, where that is another than the one given."""
-    name = str(subject.folder or getattr(_text_config(subject), "_name_or_path", "") or "")
-    folder = Path(name)
-    given = getattr(subject.tokenizer, "name_or_path", "")
-    if not name or (given and Path(given).resolve() == folder.resolve()) or not folder.is_dir() or not any(folder.glob("tokenizer*.json")):
+    name = str(subject.folder or getattr(_text_config(subject), "_name_or_path", None) or "")
+    given, folder = getattr(subject.tokenizer, "name_or_path", None) or "", Path(name)
+    if not name or not folder.is_dir() or not any(folder.glob("tokenizer*.json")):
+        return None
+    if Path(given).resolve() == folder.resolve():
         return None
     from transformers import AutoTokenizer
 
@@ -365,128 +360,3 @@ def tokenizer_of_another_model(subject: Subject) -> Outcome:
     if notes:
         return warned(text, limit, notes)
     return passed(f"special ids agree, {size} ids for {rows} rows", limit)
-
-
-# K3: BOS
-
-
-def leading(ids: list[int], token: int, pad: int | None) -> int:
-    """How often `token` stands at the beginning, behind padding."""
-    count = 0
-    for i in ids:
-        if i == token:
-            count += 1
-        elif i != pad or count:
-            break
-    return count
-
-
-def conversation_ids(tokenizer: Any) -> list[int]:
-    """A conversation as apply_chat_template tokenises it; empty where the template takes none."""
-    if not getattr(tokenizer, "chat_template", None):
-        return []
-    try:
-        messages, _ = conversation(tokenizer)
-        out = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
-    except Exception:  # a template may refuse every conversation: its own checks say so
-        return []
-    ids = out["input_ids"]
-    return list(ids[0]) if ids and isinstance(ids[0], (list, tuple)) else list(ids)
-
-
-def _begins_answer(row: LabelledRow, bos: int) -> int | None:
-    """Where a BOS stands at the border of a masked prompt and its answer, in a row that begins with BOS."""
-    first = next((t for t, label in enumerate(row.labels) if label != -100), 0)
-    places = [t for t in (first - 1, first) if 0 < t < len(row.input_ids) and row.input_ids[t] == bos]
-    return places[0] if places and first > 1 and row.input_ids[0] == bos else None
-
-
-@check("double-bos", family="tokenizer", tier=0, catalogue="K3")
-def double_bos(subject: Subject) -> Outcome:
-    """A row begins with BOS twice, or its answer begins with another one.
-
-    Symptom: slightly worse everywhere, since no row of pretraining began like that.
-    Example: tokenizer(tokenizer.apply_chat_template(messages, tokenize=False)); prompt and answer encoded one by one.
-    Detected: BOS at the beginning of the rows that are trained on, of a tokenised conversation and of a plain text; and
-        between a masked prompt and its answer.
-    Tolerance: one BOS.
-    Spares: tokenizers without BOS; in rows, a BOS that is also EOS or padding; templates that write BOS before every
-        turn. A template that writes BOS under a tokenizer that adds it is fine as long as nobody encodes its text with
-        special tokens.
-    Fix: encode rendered text with add_special_tokens=False, or use apply_chat_template(tokenize=True).
-    Sources: open-r1#462, vllm#27515, sglang#888, trl#3328, axolotl#1616.
-    """
-    subject.need("tokenizer")
-    tokenizer = subject.tokenizer
-    bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
-    if bos is None:
-        raise NotApplicable("the tokenizer has no BOS")
-    chat = conversation_ids(tokenizer)
-    counts = {"a plain text": leading(encode(tokenizer, "Hello", True), bos, None)}
-    counts |= {"a conversation": leading(chat, bos, None)} if chat else {}
-    bad: list[dict[str, Any]] = [
-        {"ids": [bos] * n, "note": f"{where} begins with {n} BOS"} for where, n in counts.items() if n > 1
-    ]
-    rows = [] if bos in (tokenizer.eos_token_id, pad) else _rows(subject)
-    repeats = chat.count(bos) > 1
-    for row in rows:
-        number, at = leading(row.input_ids, bos, pad), _begins_answer(row, bos)
-        if number > 1:
-            shown = row.input_ids[:12]
-            bad.append({"row": row.index, "position": 1, "ids": shown, "text": decode(tokenizer, shown),
-                        "note": f"{number} BOS"})  # fmt: skip
-        elif at is not None and not repeats:
-            shown = row.input_ids[at - 4 : at + 4]
-            bad.append({"row": row.index, "position": at, "ids": shown, "text": decode(tokenizer, shown),
-                        "note": "the answer begins with another BOS"})  # fmt: skip
-    looked = len(counts) + len(rows)
-    if bad:
-        return failed(f"{len(bad)} of {looked} texts and rows have a BOS too many", "1", bad[:6])
-    most = max([*counts.values(), *(leading(r.input_ids, bos, pad) for r in rows)])
-    return passed(f"at most {most} BOS at the beginning of {looked} texts and rows", "1")
-
-
-@check("missing-bos", family="tokenizer", tier=0, catalogue="K3")
-def missing_bos(subject: Subject) -> Outcome:
-    """Rows lack the BOS with which the model was trained.
-
-    Symptom: perplexity of a pretrained model is absurd (Gemma: 5.9e9 instead of 3.46).
-    Example: add_special_tokens=False on text that no template opens.
-    Detected: the tokenizer (or that of --reference) puts BOS before a plain text, and the rows that are trained on do
-        not begin with it.
-    Tolerance: a tenth of the rows.
-    Spares: tokenizers that do not add BOS by themselves (GPT-2, Qwen); models trained from scratch; packed rows and
-        chunks of one length, which begin anywhere (a warning where none of them holds a BOS). A template without BOS
-        is a warning: such chat formats are in use.
-    Fix: let the tokenizer add it, or put {{ bos_token }} at the beginning of the template.
-    Sources: lm-eval#1465, #2049, transformers#29250.
-    """
-    subject.need("tokenizer")
-    tokenizer, bos, pad = subject.tokenizer, subject.tokenizer.bos_token_id, subject.tokenizer.pad_token_id
-    limit = "10% of rows"
-    parent = subject.reference_tokenizer
-    adds = bos is not None and leading(encode(tokenizer, "Hello", True), bos, None) > 0
-    if parent is not None and parent.bos_token_id is not None and not adds:
-        if leading(encode(parent, "Hello", True), parent.bos_token_id, None):
-            note = "the reference's tokenizer puts BOS before a text, this one does not"
-            return failed("the tokenizer adds no BOS any more", "BOS as in the reference", [{"note": note}])
-    if not adds:
-        raise NotApplicable("the tokenizer adds no BOS by itself")
-    if subject.is_scratch:
-        raise NotApplicable("the model starts from scratch: it has no habit yet")
-    rows = [row for row in _rows(subject) if row.input_ids]
-    if not rows:
-        raise NotApplicable("no rows given")
-    is_cut = bool(subject.settings.get("packing")) or (len(rows) > 1 and len({len(r.input_ids) for r in rows}) == 1)
-    without = [r for r in rows if leading(r.input_ids, bos, pad) == 0]
-    if is_cut and any(bos in row.input_ids for row in rows):
-        without = []
-    text = f"{len(without)} of {len(rows)} rows do not begin with BOS"
-    if len(without) <= 0.1 * len(rows):
-        return passed(text, limit)
-    shown = [
-        {"row": r.index, "position": 0, "ids": r.input_ids[:8], "text": decode(tokenizer, r.input_ids[:8])}
-        for r in without[:3]
-    ]
-    is_template = subject.is_chat and not leading(conversation_ids(tokenizer), bos, None)
-    return warned(text, limit, shown) if is_cut or is_template else failed(text, limit, shown)

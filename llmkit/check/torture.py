@@ -8,6 +8,7 @@ Leaves out ids and control tokens (`tokenizer.py`).
 """
 
 import json
+import re
 import tempfile
 import unicodedata
 from collections.abc import Iterator
@@ -177,18 +178,26 @@ class Alteration:
     back: str
     stage: str
     what: str  # of CHANGES
+    ids: tuple[int, ...] = ()
 
     def evidence(self) -> dict[str, Any]:
         at = first_difference(self.text, self.back)
         cut = slice(max(0, at - SHOWN), at + SHOWN)
         note = f"{self.name}: {CHANGES[self.what]} by the {self.stage}, from character {at} on"
-        return {"position": at, "text": f"{self.text[cut]!r} -> {self.back[cut]!r}", "note": note}
+        row = re.match(r"row (\d+),", self.name)
+        found = {
+            "position": at,
+            "text": f"{self.text[cut]!r} -> {self.back[cut]!r}",
+            "ids": list(self.ids),
+            "note": note,
+        }
+        return ({"row": int(row[1])} if row else {}) | found
 
 
 def _folded(text: str) -> str:
     """Without case, accents and width."""
     parts = unicodedata.normalize("NFKD", text).casefold()
-    return "".join(c for c in parts if not unicodedata.combining(c) and not unicodedata.category(c) == "Cf")
+    return "".join(c for c in parts if not unicodedata.combining(c) and unicodedata.category(c) != "Cf")
 
 
 def _is_part(few: str, many: str) -> bool:
@@ -217,16 +226,16 @@ def alterations(tokenizer: Any, texts: dict[str, str]) -> tuple[list[Alteration]
     unknown = tokenizer.unk_token_id
     for name, text in texts.items():
         spoken = normalised(tokenizer, text)
-        if what := difference(text, spoken):
-            found.append(Alteration(name, text, spoken, "normaliser", what))
         ids = encode(tokenizer, text)
+        if what := difference(text, spoken):
+            found.append(Alteration(name, text, spoken, "normaliser", what, tuple(ids[:8])))
         lacking = alphabet.lacks(spoken)
         if lacking or (unknown is not None and unknown in ids):
             beyond[name] = lacking
             continue
         back = decode(tokenizer, ids).replace(MARKED, " ")
         if what := difference(spoken, back):
-            found.append(Alteration(name, spoken, back, "pre-tokeniser or decoder", what))
+            found.append(Alteration(name, spoken, back, "pre-tokeniser or decoder", what, tuple(ids[:8])))
     return found, beyond
 
 

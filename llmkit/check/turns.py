@@ -16,6 +16,7 @@ from .torture import encode, first_difference
 
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 THINKS = re.compile(r"think|reason|thought|channel", re.I)
+WORDS = ("The", "the", "I", "Yes", "a", "1")  # with which answers begin
 ANSWERED = (("user", "assistant"), ("system", "user", "assistant"), ("user", "assistant", "user", "assistant"))
 
 
@@ -55,7 +56,11 @@ def generation_prompt_mismatch(subject: Subject) -> Outcome:
     for roles in ANSWERED:
         messages = messages_of(tokenizer, roles)
         try:
-            texts = [render(tokenizer, messages[:-1], True), render(tokenizer, messages[:-1]), render(tokenizer, messages)]
+            texts = [
+                render(tokenizer, messages[:-1], True),
+                render(tokenizer, messages[:-1]),
+                render(tokenizer, messages),
+            ]
         except Exception as error:
             reason = reason or first_line(error)
             continue
@@ -79,11 +84,13 @@ def _joined(tokenizer: Any, prompt: str, bare: str, full: str, answer: str) -> t
     if not extra and not missing.strip():
         if "\n" in missing:
             return "warn", "a line break stands between generation prompt and answer", evidence
-        a, b = encode(tokenizer, prompt), encode(tokenizer, full)
-        if b[: len(a)] != a:
-            k = first_difference(a, b)
-            evidence = [{"position": k, "ids": a[k:], "note": f"in training {b[k : k + 4]}"}]
-            return "warn", "the last token of the generation prompt merges with the answer", evidence
+        a = encode(tokenizer, prompt)
+        for word in WORDS:
+            b = encode(tokenizer, full.replace(answer, word))
+            if b[: len(a)] != a:
+                k = first_difference(a, b)
+                evidence = [{"position": k, "ids": a[k:], "note": f"in training {b[k : k + 4]}, before {word!r}"}]
+                return "warn", "the last token of the generation prompt merges with the answer", evidence
         return "pass", "the answer follows the generation prompt at once", []
     if not extra:
         text = f"{len(missing)} characters of markup stand between generation prompt and answer"
@@ -113,7 +120,7 @@ def earlier_turns_rewritten(subject: Subject) -> Outcome:
     """
     tokenizer = need_template(subject)
     template = training_template(subject)
-    options = {"chat_template": template} if template else {}
+    options: dict[str, Any] = {"chat_template": template} if template else {}
     limit, looked, reason = "the same beginning", 0, ""
     for think in ("", "<think>\nso\n</think>\n\n"):
         messages = messages_of(tokenizer, ("user", "assistant", "user", "assistant"))
@@ -215,7 +222,7 @@ def assistant_mask_wrong(subject: Subject) -> Outcome:
         return failed("the assistant mask is empty", limit, [{"note": note}, *row])
     looked, reason = 0, ""
     headers: list[dict[str, Any]] = []
-    for roles in (*ROLES[:2], ROLES[2]):
+    for roles in ROLES:
         messages = messages_of(tokenizer, roles)
         try:
             out = tokenizer.apply_chat_template(

@@ -108,7 +108,7 @@ def untrained_token_rows(subject: Subject) -> Outcome:
         raise NotRun("no embedding found among the stored tensors")
     bad: dict[bool, list[dict[str, Any]]] = {True: [], False: []}  # by: a plain conversation needs it
     median = 0.0
-    for name in matrices.values():
+    for kind, name in matrices.items():
         norm, key = _rows(stored, name)
         median = float(norm.median())
         for token_id, token in {**others, **needed}.items():
@@ -116,6 +116,8 @@ def untrained_token_rows(subject: Subject) -> Outcome:
                 continue
             twins = int((key == key[token_id]).sum()) - 1
             note = ""
+            if kind == "embedding" and norm[token_id] == 0 and token_id == _padding_id(subject):
+                continue  # nothing trains the row of a padding_idx, and nothing needs to
             if norm[token_id] < DEAD * median:
                 note = f"{name}: row of {token} has norm {float(norm[token_id]):.1e}"
             elif twins:
@@ -131,15 +133,20 @@ def untrained_token_rows(subject: Subject) -> Outcome:
     return warned(text, limit, evidence) if is_spared else failed(text, limit, evidence)
 
 
+def _padding_id(subject: Subject) -> int | None:
+    given = getattr(subject.config, "pad_token_id", None)
+    return given if given is not None else subject.tokenizer.pad_token_id
+
+
 def _rows(stored: Stored, name: str) -> tuple[Tensor, Tensor]:
     """(V,) norms of the rows, and (V,) a number that equal rows share."""
     norms, keys = [], []
     for _, rows in stored.slices(name):
         if not rows.dtype.is_floating_point:
             raise NotRun(f"{name} is stored as {rows.dtype}: its rows cannot be read as they are")
-        values = rows.float()
+        values, factors = rows.float(), torch.arange(1, rows.shape[1] + 1, dtype=torch.float64).sqrt()
         norms.append(values.norm(dim=1))
-        keys.append((values.double() @ torch.arange(1, rows.shape[1] + 1).double().sqrt()))
+        keys.append((values.double() * factors).sum(1))
     return torch.cat(norms), torch.cat(keys)
 
 
@@ -317,8 +324,10 @@ def weights_zero_or_constant(subject: Subject) -> Outcome:
 
 
 def _kind(name: str) -> str:
-    """A tensor's name without the number of its layer, and without the prefix that stored names may lack."""
-    return re.sub(r"\d+", "#", name).split("#.", 1)[-1] if re.search(r"\.\d+\.", name) else name.rpartition(".")[2]
+    """A tensor's name from behind the number of its layer; its last two words where it belongs to none."""
+    parts = name.split(".")
+    last = max((i for i, part in enumerate(parts) if part.isdigit()), default=len(parts) - 3)
+    return ".".join(parts[last + 1 :])
 
 
 def _fresh_constants(subject: Subject) -> dict[str, set[float]]:

@@ -73,7 +73,7 @@ def byte_level(prefix=False, normalizer=None, digits=False):
 
 
 def metaspace(model="unigram", scheme="always", collapse=False, splits=False):
-    """SentencePiece's kinds: Llama's BPE with byte fallback by normalisers, Unigram by Metaspace; T5 splits on white."""
+    """SentencePiece's kinds: Llama's BPE with byte fallback by normalisers, Unigram by Metaspace, or split on white."""
     special = ["<unk>", "<s>", "</s>"]
     if model == "llama":
         bytes_ = [f"<0x{b:02X}>" for b in range(256)]
@@ -81,9 +81,7 @@ def metaspace(model="unigram", scheme="always", collapse=False, splits=False):
         vocabulary = {t: i for i, t in enumerate(dict.fromkeys([*special, *bytes_, *words]))}
         merges = [("t", "h"), ("\u2581", "t"), ("\u2581t", "h")]
         tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-        tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-        )
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
         tokenizer.decoder = decoders.Sequence(
             [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
@@ -204,7 +202,9 @@ def test_kinds_of_tokenizers_are_told_apart():
     assert kinds["char level"] == kinds["char level without unknown"] == "characters"
     assert kinds["byte level"] == kinds["ours, BPE"] == "bytes"
     assert kinds["llama"] == kinds["metaspace"] == "pieces"
-    assert kinds["word piece, lower-cased"] == kinds["word level"] == kinds["metaspace, split on white space"] == "words"
+    assert (
+        kinds["word piece, lower-cased"] == kinds["word level"] == kinds["metaspace, split on white space"] == "words"
+    )
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,9 @@ ALPACA = (
 )
 
 
-@pytest.mark.parametrize(("template", "status"), [(ZEPHYR, "warn"), (LLAMA2, "pass"), (ALPACA, "pass"), (CHATML, "pass")])
+@pytest.mark.parametrize(
+    ("template", "status"), [(ZEPHYR, "warn"), (LLAMA2, "pass"), (ALPACA, "pass"), (CHATML, "pass")]
+)
 def test_markers_that_are_words_by_design_do_not_fail(template, status):
     tokenizer = bpe_tokenizer(bos=True, eos_token="<|im_end|>" if template is CHATML else "</s>")
     tokenizer.chat_template = template

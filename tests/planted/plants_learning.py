@@ -68,7 +68,7 @@ def targets_of_other_rows(is_planted: bool, patch: pytest.MonkeyPatch, folder: P
     return from_parts(model=(Shuffled if is_planted else LlamaForCausalLM)(llama().config))
 
 
-@plant("loss-predicts-itself", caught_by="does-not-overfit", bug="L2", evidence="0% of the trained tokens")
+@plant("loss-predicts-itself", caught_by="does-not-overfit", bug="L2", evidence="0% of the next tokens")
 def loss_predicts_itself(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
     """The model's own loss has no shift: what it learns is useless for writing."""
 

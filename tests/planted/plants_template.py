@@ -51,9 +51,9 @@ def answer_twice(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> S
 @plant("missing-name-written", caught_by="template-writes-none", bug="D3", evidence="missing key")
 def missing_name_written(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
     """A name that most messages lack is read by .get and written as it comes."""
-    named = "{{ message['role'] }}{{ message.get('name', '') }}"
+    named = "{{ message['role'] }}{{ message.get('name') or '' }}"
     safe = PLAIN.replace("{{ message['role'] }}", named)
-    return edited(is_planted, "message.get('name', '')", "message.get('name')", safe)
+    return edited(is_planted, "message.get('name') or ''", "message.get('name')", safe)
 
 
 @plant("null-input-in-text", caught_by="null-becomes-word", bug="D3", evidence="written as None")
@@ -149,3 +149,116 @@ def marks_around_everything(is_planted: bool, patch: pytest.MonkeyPatch, folder:
 def end_of_turn_outside_marks(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
     """The mask closes before <|im_end|>."""
     return edited(is_planted, "<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+
+
+@plant("only-last-turns-kept", caught_by="template-alters-content", bug="C10", evidence="appears 0 times")
+def only_last_turns_kept(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """Long conversations lose their beginning."""
+    return edited(is_planted, "{% for message in messages %}", "{% for message in messages[-6:] %}")
+
+
+@plant("content-cut-short", caught_by="template-alters-content", bug="C10", evidence="is changed")
+def content_cut_short(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """Contents of users end after 2,000 characters."""
+    old = "{{ message['content'] }}<|im_end|>\n{% endif %}"
+    return edited(is_planted, old, old.replace("'content']", "'content'][:2000]"))
+
+
+@plant("line-breaks-joined", caught_by="template-alters-content", bug="C10", evidence="is changed")
+def line_breaks_joined(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """A filter joins the lines of an answer."""
+    new = "{% generation %}{{ message['content'].split('\n') | join(' ') }}"
+    return edited(is_planted, "{% generation %}{{ message['content'] }}", new)
+
+
+@plant(
+    "second-system-prompt-dropped", caught_by="template-alters-content", bug="C10", evidence="system content appears 0"
+)
+def second_system_prompt_dropped(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """A system message in mid-conversation, as some rows have it, is skipped."""
+    rows = chat_rows(4, turns=2)
+    for row in rows:
+        row["messages"].insert(2, {"role": "system", "content": "Now be brief."})
+    new = "{% for message in messages if message['role'] != 'system' or loop.first %}"
+    new = new.replace(" or loop.first", " or message == messages[0]")
+    return edited(is_planted, "{% for message in messages %}", new, dataset=rows)
+
+
+@plant("roles-that-fall-through", caught_by="template-alters-content", bug="C10", evidence="human content of message 0")
+def roles_that_fall_through(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """Rows call the user human, and no branch of the template is for that."""
+    rows = chat_rows(4)
+    for row in rows:
+        row["messages"][0]["role"] = "human"
+    new = "{% elif message['role'] in ('user', 'system') %}<|im_start|>{{"
+    return edited(is_planted, "{% else %}<|im_start|>{{", new, dataset=rows)
+
+
+@plant(
+    "answer-of-rows-rewritten",
+    caught_by="template-alters-content",
+    bug="C10",
+    evidence="assistant content of message 1",
+)
+def answer_of_rows_rewritten(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """Everything behind a colon is dropped from answers, and only rows have one."""
+    rows = chat_rows(4)
+    for row in rows:
+        row["messages"][1]["content"] = "Answer: " + row["messages"][1]["content"]
+    new = "{% generation %}{{ message['content'].split(': ')[-1] }}"
+    return edited(is_planted, "{% generation %}{{ message['content'] }}", new, dataset=rows)
+
+
+@plant("eos-behind-end-of-turn", caught_by="doubled-end-of-turn", bug="C8", evidence="<|im_end|> 2 times")
+def eos_behind_end_of_turn(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The template appends eos_token, which is its own end of turn."""
+    return edited(is_planted, "<|im_end|>{% endgeneration %}\n", "<|im_end|>{% endgeneration %}\n{{ eos_token }}")
+
+
+@plant("line-break-behind-generation-only", caught_by="generation-prompt-mismatch", bug="C5", evidence="part at")
+def line_break_behind_generation_only(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """Training writes the answer right behind `assistant`, generation a line break first."""
+    old = "<|im_start|>assistant\n{% generation %}"
+    return edited(is_planted, old, "<|im_start|>assistant{{ '' }}{% generation %}")
+
+
+@plant(
+    "prompt-differs-under-system", caught_by="generation-prompt-mismatch", bug="C5", evidence="generation | training"
+)
+def prompt_differs_under_system(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """With a system prompt, generation opens another role."""
+    new = (
+        "{% if add_generation_prompt %}<|im_start|>{{ 'model' if messages[0]['role'] == 'system' else 'assistant' }}\n"
+    )
+    return edited(is_planted, "{% if add_generation_prompt %}<|im_start|>assistant\n", new)
+
+
+@plant("trailing-blank-in-generation", caught_by="generation-prompt-mismatch", bug="C4", status="warn", evidence="ids")
+def trailing_blank_in_generation(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The prompt ends in a blank, which the tokenizer joins to the answer's first word."""
+    template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    return edited(is_planted, "assistant:{% endif %}", "assistant: {% endif %}", template)
+
+
+@plant(
+    "turns-rewritten-and-all-trained", caught_by="earlier-turns-rewritten", bug="C6", evidence="train several answers"
+)
+def turns_rewritten_and_all_trained(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """Past answers lose a prefix, and assistant_only_loss trains every answer of a conversation."""
+    from trl import SFTConfig
+
+    args = arguments(SFTConfig, assistant_only_loss=True, gradient_checkpointing=False)
+    new = "{% if loop.last %}<think></think>{% endif %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    old = "{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    return edited(is_planted, old, new, dataset=chat_rows(4, turns=2), args=args)
+
+
+@plant("marks-miss-the-last-answer", caught_by="assistant-mask-wrong", bug="C1", evidence="masked out")
+def marks_miss_the_last_answer(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """A branch for the last message writes the answer without marks."""
+    old = "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    plain = "{{ message['content'] }}<|im_end|>"
+    return edited(is_planted, old, "{% if loop.last %}" + plain + "{% else %}" + old + "{% endif %}")

@@ -174,3 +174,121 @@ def digits_split_otherwise(is_planted: bool, patch: pytest.MonkeyPatch, folder: 
         backend = tokenizer.backend_tokenizer
         backend.normalizer = normalizers.Replace(Regex(r"(\d)"), "0")
     return from_parts(model=llama(), tokenizer=tokenizer, reference=folder / "parent", dataset=chat_rows(4))
+
+
+@plant("newline-normalised-away", caught_by="text-lost", bug="T5", evidence="newlines")
+def newline_normalised_away(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """A normaliser makes one blank of every run of white space."""
+    tokenizer = bpe_tokenizer(chat=False)
+    if is_planted:
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
+    return from_parts(tokenizer=tokenizer)
+
+
+@plant("end-of-turn-matches-words-only", caught_by="special-token-split", bug="T4", evidence="<|eot|>")
+def end_of_turn_matches_words_only(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The token is in the vocabulary, and behind a letter it does not match."""
+    tokenizer = bpe_tokenizer()
+    token = AddedToken("<|eot|>", single_word=is_planted, special=True, normalized=False)
+    tokenizer.add_special_tokens({"extra_special_tokens": [token]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|eot|>")
+    return from_parts(tokenizer=tokenizer)
+
+
+@plant("eos-outside-vocabulary", caught_by="special-token-split", bug="T4", evidence="not in the vocabulary")
+def eos_outside_vocabulary(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """tokenizer.eos_token names a token that nobody added."""
+    tokenizer = bpe_tokenizer(chat=False)
+    if is_planted:
+        tokenizer._special_tokens_map["eos_token"] = "<|endoftext|>"
+    return from_parts(tokenizer=tokenizer)
+
+
+@plant("head-not-resized", caught_by="ids-beyond-embedding", bug="T8", evidence="300 rows")
+def head_not_resized(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The embedding was enlarged by hand, the head was not."""
+    import torch
+
+    model = llama()
+    model.lm_head = torch.nn.Linear(32, 300 if is_planted else 424, bias=False)
+    return from_parts(tokenizer=bpe_tokenizer(), model=model)
+
+
+@plant("sentinel-in-the-rows", caught_by="ids-beyond-embedding", bug="D7", evidence="holds id 65535")
+def sentinel_in_the_rows(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """A document separator of one's own is no id of the model."""
+    rows = [{"input_ids": [5, 6, 7, 65535 if is_planted else 2, 8, 9]}]
+    return from_parts(tokenizer=bpe_tokenizer(chat=False), model=llama(eos_token_id=2), dataset=rows)
+
+
+@plant("ids-in-a-small-type", caught_by="ids-overflow-storage", bug="D7", evidence="uint8")
+def ids_in_a_small_type(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """Rows are windows of an array whose type is too small for the vocabulary."""
+    import numpy as np
+    import torch
+    from tiny import arguments
+    from transformers import Trainer
+
+    tokenizer = bpe_tokenizer(chat=False)
+    ids = np.array([i for row in text_rows() for i in tokenizer(row["text"])["input_ids"]])
+
+    class Windows(torch.utils.data.Dataset):
+        def __init__(self):
+            self.ids = ids.astype(np.uint8 if is_planted else np.uint16)
+
+        def __len__(self):
+            return len(self.ids) // 16
+
+        def __getitem__(self, k):
+            window = torch.from_numpy(self.ids[k * 16 : k * 16 + 16].astype(np.int64))
+            return {"input_ids": window, "labels": window}
+
+    return from_parts(Trainer(llama(), arguments(), train_dataset=Windows(), processing_class=tokenizer))
+
+
+@plant("answer-with-its-own-bos", caught_by="double-bos", bug="Q4", evidence="answer begins with another BOS")
+def answer_with_its_own_bos(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """Prompt and answer are encoded one by one, each with special tokens."""
+    from datasets import Dataset
+    from tiny import completion_rows, lm_trainer
+    from transformers import DataCollatorForSeq2Seq
+
+    tokenizer = bpe_tokenizer(bos=True, chat=False)
+    rows = []
+    for row in completion_rows(8):
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        answer = tokenizer(row["completion"], add_special_tokens=is_planted)["input_ids"]
+        rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+    trainer = lm_trainer(tokenizer=tokenizer, collator=DataCollatorForSeq2Seq(tokenizer))
+    trainer.train_dataset = Dataset.from_list(rows)
+    return from_parts(trainer)
+
+
+@plant("bos-lost-in-conversion", caught_by="missing-bos", bug="T2", evidence="reference")
+def bos_lost_in_conversion(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The post-processor that adds BOS did not survive a conversion."""
+    for name, has_bos in (("parent", True), ("child", not is_planted)):
+        llama().save_pretrained(folder / name)
+        bpe_tokenizer(bos=has_bos, chat=False).save_pretrained(folder / name)
+    (folder / "rows.jsonl").write_text(json.dumps(text_rows(1)[0]))
+    paths = dict(model_name_or_path=str(folder / "child"), reference=str(folder / "parent"))
+    return from_folder(CheckConfig(dataset=str(folder / "rows.jsonl"), **paths))
+
+
+@plant(
+    "tokenizer-of-another-folder", caught_by="tokenizer-of-another-model", bug="T7", evidence="model's own tokenizer"
+)
+def tokenizer_of_another_folder(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """--tokenizer_name names the folder of a sibling with the same special ids."""
+    llama().save_pretrained(folder / "model")
+    bpe_tokenizer().save_pretrained(folder / "model")
+    bpe_tokenizer().save_pretrained(folder / "sibling")
+    if is_planted:
+        path = folder / "sibling" / "tokenizer.json"
+        state = json.loads(path.read_text())
+        vocabulary = state["model"]["vocab"]
+        size = len(vocabulary)
+        state["model"]["vocab"] = {t: i if i < 5 else size + 4 - i for t, i in vocabulary.items()}
+        path.write_text(json.dumps(state))
+    paths = dict(model_name_or_path=str(folder / "model"), tokenizer_name=str(folder / "sibling"))
+    return from_folder(CheckConfig(**paths))
