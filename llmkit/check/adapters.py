@@ -212,7 +212,7 @@ def _modules(subject: Subject) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def _home(key: str, modules: dict[str, Any]) -> str | None:
-    """The module that a key of an adapter file belongs to: the longest path it begins with. Empty for the whole model."""
+    """The module that a key of an adapter file belongs to, the longest path it begins with; empty: the whole model."""
     if key.startswith("base_model.") and not key.startswith("base_model.model."):
         return ""
     parts = key.removeprefix("base_model.model.").replace(".modules_to_save.", ".").split(".")

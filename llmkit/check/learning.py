@@ -6,6 +6,7 @@ Owns these catch-all checks of tier 2. Leaves out learning a batch by heart (`ov
 import contextlib
 import math
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -89,9 +90,9 @@ def moe_balance_void(subject: Subject) -> Outcome:
 
     Symptom: a few experts take all tokens, the others stay as they were drawn.
     Example: softmax applied twice to the router's logits; a coefficient that never enters the loss; padding counted.
-    Detected: the auxiliary loss of rows of one and the same token with routers of zero weight (undecided) and of huge
-        weight (collapsed), in training mode: it must rise by E / 2k; the loss must contain coefficient times it; and padding
-        behind mask 0 must not change it.
+    Detected: the auxiliary loss of rows of one and the same token with routers of zero weight (undecided) and with
+        routers that all prefer one expert (collapsed), in training mode: it must rise by E / 2k; the loss must contain
+        coefficient times it; and padding behind mask 0 must not change it.
     Tolerance: half of the exact ratio E / k, a warning up to three quarters; the coefficient to 1 %; padding 1 %, a
         warning.
     Spares: routers balanced by a bias, without auxiliary loss (DeepSeek-V3); dense models; every expert chosen. A
@@ -115,13 +116,14 @@ def moe_balance_void(subject: Subject) -> Outcome:
         one = draw_ids(model, 1, 1).expand(16, 1).contiguous()  # rows of one token: nothing tells them apart
         varied = draw_ids(model, 2, 16)
         model.train()
-        values = []
-        for factor in (0.0, 1e4):
-            _set_routers(routers, factor)
-            values.append(_auxiliary(model, one)[0])
-        _set_routers(routers, 3.0)
+        for p in routers.values():
+            p.zero_()
+        low, _ = _auxiliary(model, one)
+        with _collapsed(model, routers):
+            high, _ = _auxiliary(model, one)
+        for p in routers.values():
+            p.copy_(3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
         (alone, extra), padded = _auxiliary(model, varied), _auxiliary(model, varied, padding=16)[0]
-    low, high = values
     ratio, wanted = high / max(low, 1e-9), experts / chosen
     share = coefficient * alone
     if not math.isfinite(ratio + extra):
@@ -145,26 +147,44 @@ def moe_balance_void(subject: Subject) -> Outcome:
     return passed(measured, limit)
 
 
-def _routers(model: Any, experts: int) -> list[Tensor]:
-    """Weights and biases that give one number per expert."""
-    width = num_width(model)
-    found = [
-        p
+def _routers(model: Any, experts: int) -> dict[str, Tensor]:
+    """Weights and biases that give one number per expert, by name."""
+    width = int(model.get_input_embeddings().weight.shape[1])
+    found = {
+        n: p
         for n, p in model.named_parameters()
         if p.ndim <= 2 and p.shape[0] == experts and ("router" in n or "gate" in n or p.shape[1:] == (width,))
-    ]
+    }
     if not found:
         raise NotRun("no router weights found")
     return found
 
 
-def num_width(model: Any) -> int:
-    return int(model.get_input_embeddings().weight.shape[1])
+@contextlib.contextmanager
+def _collapsed(model: Any, routers: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, every router of the model prefers its first expert by far, and then the others in order.
 
+    The balancing loss takes the mean over layers, so that layers which collapse to different experts look balanced.
+    """
 
-def _set_routers(routers: list[Tensor], factor: float) -> None:
-    for p in routers:
-        p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * factor)
+    def prefer(module: Any, args: Any) -> None:
+        hidden = args[0].reshape(-1, args[0].shape[-1])[0].float()
+        if hidden.shape[0] == module.weight.shape[-1]:
+            wish = -1e3 * torch.arange(len(module.weight), device=hidden.device)
+            wish[0] = 1e3
+            module.weight.copy_(wish[:, None] * hidden / hidden.square().sum().clamp_min(1e-12))
+
+    handles = []
+    for name, p in routers.items():
+        owner, _, last = name.rpartition(".")
+        if p.ndim == 2 and last == "weight":
+            handles.append(model.get_submodule(owner).register_forward_pre_hook(prefer))
+        p.zero_()
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _auxiliary(model: Any, ids: Tensor, padding: int = 0) -> tuple[float, float]:

@@ -289,7 +289,8 @@ def _question(
 ) -> tuple[list[int], int, list[int], bool]:
     """(ids of the row's first document, length of the prompt, answer, it ends in a stop token that has no label).
 
-    The answer goes up to the first stop token. Where everything is trained, a third of the row is the prompt.
+    The answer goes up to the first stop token. Where everything is trained, the prompt is a third of the row, or what
+    comes before its last turn.
     """
     begin, *later = _document_starts(batch, row)
     mask = batch.get("attention_mask")
@@ -299,7 +300,8 @@ def _question(
     first, length = _first_stretch(flags[:-1])
     prompt, stop = first + 1, first + 1 + length  # answer: ids[prompt:stop]
     if prompt < 4:
-        prompt = min(max(prompt, len(ids) // 3), stop)
+        breaks = [i + 1 for i in range(len(ids) // 3, stop - 4) if ids[i] in ends]
+        prompt = min(max([prompt, len(ids) // 3, *breaks[-1:]]), stop)
     answer = ids[prompt:stop]
     cut = next((i for i, token in enumerate(answer) if token in ends), None)
     if cut is not None:

@@ -175,17 +175,19 @@ class Subject:
         Dropout is off as long as the caller leaves it in eval mode. Whatever the block does to weights, gradients,
         modes and buffers is undone. `keep_vocabulary`: real ids must fit. `draw=False`: the weights it came with.
         """
-        if self.is_small:
-            with restored(self.model):
-                if draw:
-                    redraw_(self.model, seed)
-                self.model.eval()
-                yield self.model
-            return
-        model = self._shrink(keep_vocabulary)
+        model = self.model if self.is_small else self._shrink(keep_vocabulary)
         with restored(model):
             if draw:
                 redraw_(model, seed)
+            model.eval()
+            yield model
+
+    @contextlib.contextmanager
+    def small_window(self, seed: int = 0) -> Iterator[Any]:
+        """As `small_model`, and never the live one: its class, with a window that a short row goes beyond."""
+        model = self._shrink(keep_vocabulary=False)
+        with restored(model):
+            redraw_(model, seed)
             model.eval()
             yield model
 
@@ -302,33 +304,26 @@ def restored(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(values)
 
 
-DROPOUTS = (
-    "attention_dropout",
-    "attn_dropout",
-    "dropout",
-    "dropout_prob",
-    "hidden_dropout",
-    "resid_pdrop",
-    "drop_rate",
-)
+DROPOUTS = ("drop", "jitter", "noise")  # in the names of rates
 
 
 @contextlib.contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Every dropout rate is 0 inside, also in training mode: modules and the numbers that functional calls read."""
+    """Every dropout rate is 0 inside, also in training mode: of modules, and the numbers that functional calls read."""
     changed: list[tuple[Any, str, float]] = []
-    for module in model.modules():
-        names = ("p",) if isinstance(module, nn.modules.dropout._DropoutNd) else DROPOUTS
-        for name in names:
-            rate = vars(module).get(name)
-            if isinstance(rate, float) and rate > 0:
-                changed.append((module, name, rate))
-                setattr(module, name, 0.0)
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    for owner in (*model.modules(), *(c for c in configs.values() if hasattr(c, "__dict__"))):
+        is_dropout = isinstance(owner, nn.modules.dropout._DropoutNd)
+        for name, rate in list(vars(owner).items()):
+            is_rate = (is_dropout and name == "p") or any(word in name.lower() for word in DROPOUTS)
+            if is_rate and isinstance(rate, float) and 0 < rate <= 1:
+                changed.append((owner, name, rate))
+                setattr(owner, name, 0.0)
     try:
         yield
     finally:
-        for module, name, rate in changed:
-            setattr(module, name, rate)
+        for owner, name, rate in changed:
+            setattr(owner, name, rate)
 
 
 @contextlib.contextmanager

@@ -271,7 +271,8 @@ def trainer_raises(subject: Subject) -> Outcome:
 
     Symptom: the command ends with a traceback before it trains.
     Example: assistant_only_loss with a template that TRL finds no marks in.
-    Detected: the constructor of a Trainer raised, and nothing caught it; what it had been given is checked all the same.
+    Detected: the constructor of a Trainer raised, and nothing caught it; what it had been given is checked all the
+        same.
     Tolerance: none.
     Spares: trainers that are built.
     Fix: mend what the message says; another failed check of this report may name the cause.

@@ -1,6 +1,6 @@
 """Instruction tuning of a tiny model on real rows, as a user would write it, with one mistake where one is named.
 
-    python tests/check/real_sft.py alpaca_en_demo.json [no-marks | no-eos | short | pad-is-eos]
+python tests/check/real_sft.py alpaca_en_demo.json [no-marks | no-eos | short | pad-is-eos]
 """
 
 import json
@@ -14,7 +14,8 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFas
 from trl import SFTConfig, SFTTrainer
 
 path, mistake = sys.argv[1], (sys.argv[2:] or [""])[0]
-rows = json.load(open(path, encoding="utf-8"))[:300]
+with open(path, encoding="utf-8") as file:
+    rows = json.load(file)[:300]
 rows = [
     {
         "messages": [
@@ -60,7 +61,9 @@ else:
     length = 48 if mistake == "short" else 1024
     trainer = SFTTrainer(
         model=model,
-        args=arguments(SFTConfig, max_steps=20, max_length=length, assistant_only_loss=True, gradient_checkpointing=False),
+        args=arguments(
+            SFTConfig, max_steps=20, max_length=length, assistant_only_loss=True, gradient_checkpointing=False
+        ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )

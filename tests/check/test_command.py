@@ -35,6 +35,7 @@ def test_the_trainer_is_checked_and_nothing_is_trained(tmp_path):
     assert not Path("trained").exists()
 
 
+@pytest.mark.slow
 def test_a_subclass_whose_train_calls_the_parents_is_checked(tmp_path):
     lines = ["class T(tiny.Trainer):", "    def train(self, *a, **k):", "        return super().train(*a, **k)"]
     report = run_command(ONLY, script(tmp_path, *lines, "tiny.lm_trainer(cls=T).train()"))
@@ -64,6 +65,7 @@ def test_a_command_that_never_trains_is_a_users_mistake(tmp_path):
         run_command(ONLY, [])
 
 
+@pytest.mark.slow
 def test_the_environments_own_sitecustomize_still_runs(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text("import os; os.environ['MINE'] = 'yes'")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -71,6 +73,7 @@ def test_the_environments_own_sitecustomize_still_runs(tmp_path, monkeypatch):
     assert run_command(ONLY, command).exit_code == 0
 
 
+@pytest.mark.slow
 def test_accelerate_launch_reaches_the_trainer(tmp_path):
     python, path = script(tmp_path, "tiny.lm_trainer().train()")
     launch = [python, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", path]

@@ -114,8 +114,17 @@ def losses_of(trainer: Any) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("is_trained", [False, True], ids=["fresh", "trained"])
-@pytest.mark.parametrize("make", [plain, sft, lora, with_optimizer], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "make, is_trained",
+    [
+        (plain, False),
+        (sft, True),
+        (lora, False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(plain, True), (sft, False), (lora, True)]),
+        *(pytest.param(with_optimizer, is_trained, marks=pytest.mark.slow) for is_trained in (False, True)),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "trained" if value else "fresh",
+)
 def test_a_checked_trainer_goes_on_bit_for_bit_as_an_unchecked_one(make, is_trained):
     trainers = [make(), make()]
     if is_trained:

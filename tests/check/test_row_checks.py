@@ -346,9 +346,14 @@ def test_every_check_explains_itself():
 @pytest.mark.skipif(not REAL.exists(), reason="alpaca_en_demo.json is not at hand")
 @pytest.mark.parametrize(
     "mistake, id",
-    [("", ""), ("no-marks", "no-token-trained"), ("no-eos", "eos-not-trained"), ("short", "answer-truncated"),
-     ("pad-is-eos", "eos-not-trained")],
-)  # fmt: skip
+    [
+        pytest.param("", "", marks=pytest.mark.slow),
+        pytest.param("no-marks", "no-token-trained", marks=pytest.mark.slow),
+        pytest.param("no-eos", "eos-not-trained", marks=pytest.mark.slow),
+        pytest.param("short", "answer-truncated", marks=pytest.mark.slow),
+        ("pad-is-eos", "eos-not-trained"),
+    ],
+)
 def test_mistakes_in_a_script_on_real_rows_are_caught(mistake, id, monkeypatch):
     """Alpaca rows, a byte BPE trained on them: the mistake's row is shown; the correct script passes everything."""
     from llmkit.check.command import run_command

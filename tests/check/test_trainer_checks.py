@@ -68,7 +68,10 @@ def gpt2() -> Any:
     return GPT2LMHeadModel(config)
 
 
-@pytest.mark.parametrize("name", CLEAN)
+QUICK = ("plain", "sft-lora", "sft-packed", "accumulation-by-epochs", "label-smoothing", "dropout")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CLEAN])
 def test_a_clean_trainer_has_no_finding(name):
     report = checked(CLEAN[name]())
     assert not troubles(report)
