@@ -115,7 +115,8 @@ def dispatch(argv: list[str]) -> int:
         print(help_for(_verb(argv[1])))
         return 0
     verb, rest = _verb(argv[0]), argv[1:]
-    if "-h" in rest or "--help" in rest:
+    flags = rest[: rest.index("--")] if "--" in rest else rest  # a command's own flags are not ours
+    if "-h" in flags or "--help" in flags:
         print(help_for(verb))
         return 0
     try:
