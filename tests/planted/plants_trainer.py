@@ -538,3 +538,12 @@ class TwoToTheLoss(ReportsPerplexity):
 def two_to_the_loss(is_planted: bool, patch: Patch, folder: Path) -> Subject:
     """2 ** loss, where the loss is in nats."""
     return lm(TwoToTheLoss if is_planted else ReportsPerplexity, eval_rows=text_rows(12))
+
+
+@plant("constructor-raises", caught_by="trainer-raises", bug="C1", evidence="no assistant tokens")
+def constructor_raises(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The trainer's constructor refuses what it is given."""
+    subject = from_parts(lm_trainer())
+    if is_planted:
+        subject.training, subject.failure = None, "SFTTrainer raised RuntimeError: no assistant tokens"
+    return subject
