@@ -58,6 +58,8 @@ def adapter_lost(subject: Subject) -> Outcome:
     with subject.small_model(draw=False) as model, tempfile.TemporaryDirectory() as folder, torch.no_grad():
         active = _active(model)
         _redraw(model, active)
+        for wrapped in (model, bare(model)):  # TRL's forward is closed over this very model, accelerate's rounds
+            vars(wrapped).pop("forward", None)
         names = [name for name, _ in model.named_parameters()]
         targeted = [
             a for a, c in model.peft_config.items() if str(getattr(c.peft_type, "value", c.peft_type)) not in PROMPTS

@@ -20,6 +20,7 @@ from ..run import resolve_model_dir
 from .hf_trainer import HFTraining, settings_of
 from .report import Report
 from .runner import Selection, run
+from .stored import check_folder
 from .subject import Subject
 
 MAX_ROWS = 20_000
@@ -56,8 +57,6 @@ def load_config(name: str, trust_remote_code: bool) -> Any:
     if not folder.exists() and name.startswith((".", "/", "~")):
         raise UserError(f"model_name_or_path={name!r}: no such folder; name a model folder or a Hub id")
     if folder.is_dir():
-        from .weights import check_folder
-
         check_folder(folder)
         pickled = [
             p.name
@@ -177,6 +176,8 @@ def from_folder(settings: CheckConfig) -> Subject:
         value = getattr(settings, key)
         if value and not Path(resolve_model_dir(value)).is_dir():
             raise UserError(f"{key}={value!r}: no such folder")
+        if value:
+            check_folder(Path(resolve_model_dir(value)))
     if settings.peft_adapter:
         subject.adapter = Path(settings.peft_adapter)
         if not (subject.adapter / "adapter_config.json").is_file():

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 BACKENDS = ("eager", "sdpa")
 # in the names of modules that carry a state along the row, or pool blocks of it
 RECURRENT = (
-    "mamba", "rwkv", "recurrent", "lru", "lstm", "delta", "linear_attention", "linearattention", "lightning", "ssm",
-    "shortconv", "retention", "gatedlinear", "hyena", "s4",
+    "mamba", "rwkv", "recurrent", "lru", "lstm", "delta", "linear_attention", "linearattention", "lightning",
+    "shortconv", "retention", "gatedlinear", "hyena", "compressor",
 )  # fmt: skip
 RECURRENT_KINDS = ("linear", "mamba", "conv", "recurrent", "ssm", "rwkv")  # in layer_types and the like
 WINDOWS = ("sliding_window", "attention_window_size", "attention_chunk_size", "local_attention", "window_size")
@@ -88,7 +88,8 @@ def num_ids(model: Any) -> int:
 
 def special_ids(model: Any) -> list[int]:
     """Pad, EOS and BOS of the config, those that have a row."""
-    config, found = text_config(model), []
+    config = text_config(model)
+    found: list[Any] = []
     for key in ("pad_token_id", "eos_token_id", "bos_token_id"):
         value = getattr(config, key, None)
         found += value if isinstance(value, (list, tuple)) else [value]
@@ -111,8 +112,10 @@ def others(ids: Tensor) -> Tensor:
 
 
 def text_config(model: Any) -> Any:
-    config = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    try:
+        return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    except ValueError:  # several of them
+        return model.config
 
 
 def window_of(config: Any) -> int:
@@ -143,8 +146,8 @@ def recurrent(model: Any) -> bool:
     kinds = [getattr(config, key, None) for key in ("layer_types", "layers_block_type", "block_types")]
     kinds = [str(k) for kind in kinds if isinstance(kind, (list, tuple)) for k in kind]
     return (
-        any(word in name for name in names for word in RECURRENT)
-        or any(word in kind for kind in kinds for word in RECURRENT_KINDS)
+        any(word in str(name) for name in names for word in RECURRENT)
+        or any(word in str(kind) for kind in kinds for word in RECURRENT_KINDS)
         or any(isinstance(m, nn.Conv1d) and m.kernel_size[0] > 1 for m in bare(model).modules())
     )
 
@@ -173,7 +176,7 @@ def isolates_by_position(model: Any) -> bool:
             source = inspect.getsource(module)
         except (OSError, TypeError):
             continue
-        calls = re.findall(r"(?:create_causal_mask\(|mask_kwargs = \{)(.*?)[)}]\n", source, flags=re.S)
+        calls = re.findall(r"(?:= create_\w*mask\(|= mask_function\(|mask_kwargs = \{)(.*?)[)}]\n", source, flags=re.S)
         if any("position_ids" in call for call in calls):
             return True
     return False

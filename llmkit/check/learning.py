@@ -90,8 +90,8 @@ def moe_balance_void(subject: Subject) -> Outcome:
 
     Symptom: a few experts take all tokens, the others stay as they were drawn.
     Example: softmax applied twice to the router's logits; a coefficient that never enters the loss; padding counted.
-    Detected: the auxiliary loss of rows of one and the same token with routers of zero weight (undecided) and with
-        routers that all prefer one expert (collapsed), in training mode: it must rise by E / 2k; the loss must contain
+    Detected: the auxiliary loss of rows of one and the same token, in training mode: with routers that all prefer one
+        expert (collapsed) it must be E / 2k times that with routers of zero weight (undecided); the loss must contain
         coefficient times it; and padding behind mask 0 must not change it.
     Tolerance: half of the exact ratio E / k, a warning up to three quarters; the coefficient to 1 %; padding 1 %, a
         warning.

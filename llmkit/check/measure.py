@@ -64,7 +64,7 @@ def noise(model: Any, ids: Tensor) -> float:
 
 def floor(model: Any, ids: Tensor) -> float:
     """The limit for logits of other shapes, caches or kernels."""
-    return max(EQUAL, 30 * noise(model, ids))
+    return max(EQUAL, 10 * noise(model, ids))
 
 
 def need_alive(logits: Tensor) -> Tensor:
@@ -97,5 +97,3 @@ def on_each(subject: Subject, look: Look, rows: int = 3) -> list[Any]:
         with contextlib.suppress(NotRun), subject.small_window() as model, without_dropout(model), torch.no_grad():
             results.append(look(model, draw_ids(model, rows, length_beyond_window(model))))
     return results
-
-

@@ -18,7 +18,7 @@ from torch import Tensor
 from .forward import accepts, bare, draw_ids, logits_of, num_ids, text_config
 from .probe import expected_positions
 from .runner import Outcome, check, failed, passed, warned
-from .subject import Subject, without_dropout
+from .subject import NotApplicable, Subject, without_dropout
 
 # (steps, peak rate): 5e-2 for models that divide their logits by a constant, the last one for whatever is left
 TRIES = ((80, 1e-2), (80, 5e-2), (80, 2e-3), (240, 5e-3))
@@ -64,7 +64,7 @@ def does_not_overfit(subject: Subject) -> Outcome:
         asked only for an answer of which a plain forward predicts every token.
     Spares: losses with a floor (label smoothing, auxiliary losses): their tokens are predicted all the same; losses
         of another kind than next-token prediction, of which only a fall is asked; what is frozen, adapters too small
-        to learn by heart.
+        to learn by heart; encoders; without a trainer, decoders of sequence-to-sequence models.
     Fix: look at labels-misaligned, no-gradient, end-not-in-loss and cache-differs, which name what is wrong.
     Sources: the practice of overfitting one batch before anything else.
     """
@@ -72,6 +72,7 @@ def does_not_overfit(subject: Subject) -> Outcome:
     keep = subject.training is not None
     best, started = Result(), time.monotonic()
     with subject.small_model(keep_vocabulary=keep) as model:
+        _need_causal(subject, model)
         batch = batch_of(subject, model)
     floor, most = _left_open(batch)
     tried: list[float] = []
@@ -114,6 +115,16 @@ def _judge(best: Result, floor: float, tried: list[float]) -> Outcome:
     if not best.said.is_right:
         return failed(f"{measured}; {best.said.note}", "word for word, then stop", [best.said.evidence])
     return passed(f"{measured}; {best.said.note}", limit)
+
+
+def _need_causal(subject: Subject, model: Any) -> None:
+    """Raises NotApplicable for encoders, and for decoders of pairs, whose own loss takes labels shifted already."""
+    config = text_config(model)
+    if getattr(config, "is_decoder", None) is False:
+        raise NotApplicable("config.is_decoder=False: an encoder, which does not predict the next token")
+    is_half = any(hasattr(config, key) for key in ("decoder_layers", "num_decoder_layers"))
+    if subject.training is None and is_half:
+        raise NotApplicable("the decoder of a sequence-to-sequence model: its loss takes shifted labels")
 
 
 # the batch

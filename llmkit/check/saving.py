@@ -30,7 +30,7 @@ from .subject import NotApplicable, NotRun, Subject
 VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "auto_map"}
 VOLATILE |= {"_commit_hash", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
 VOLATILE |= {"quantization_config", "_from_model_config"}
-TIGHT = 1e-6  # of the logits' deviation: the same weights in the same dtype, in the same process
+TIGHT = 1e-5  # of the logits' deviation: the same numbers, which may lie in memory otherwise; fp16 would move 1e-3
 STOCK = "transformers.models."
 TIMEOUT_S = 300
 # what a fresh process does
@@ -78,8 +78,6 @@ def _redrawn(subject: Subject) -> Iterator[Saved]:
             raise NotApplicable("an adapter is trained: see adapter-lost")
         if not hasattr(model, "save_pretrained") or not hasattr(type(model), "from_pretrained"):
             raise NotApplicable("the model has no save_pretrained and from_pretrained")
-        if "_original_forward" in vars(model):  # accelerate's autocast around the forward is not saved
-            vars(model).pop("forward", None)
         for name, p in model.named_parameters():
             p.data = p.data.to(dtypes.get(name, p.dtype)).to(p.dtype)
         ids = draw_ids(model, 2, 12)
@@ -97,7 +95,8 @@ def reload_differs(subject: Subject) -> Outcome:
         recomputed on load; a save that casts to fp16; a config field that is set after construction and not stored.
     Detected: the redrawn model is saved (by the trainer where there is one) and loaded again by its class. Keys,
         weights, config, generation config and logits are compared.
-    Tolerance: 1e-6 of the logits' deviation: the same numbers in the same dtype.
+    Tolerance: 1e-5 of the logits' deviation, or 10 times the rounding between a row alone and in a batch: the same
+        numbers in the same dtype (fp16 moves logits by 1e-3).
     Spares: tied keys and buffers that are not stored; buffers that the live model holds rounded; fields of the config
         that are about where it came from. Only warned of: bfloat16 files of a float32 model, config fields that change
         no logits.
@@ -107,6 +106,7 @@ def reload_differs(subject: Subject) -> Outcome:
     """
     with _redrawn(subject) as saved:
         model, scale = saved.model, saved.logits.std()
+        most = max(TIGHT, 10 * noise(model, saved.ids))
         try:
             save(subject, model, saved.folder)
         except Exception as error:
@@ -127,7 +127,7 @@ def reload_differs(subject: Subject) -> Outcome:
         loaded = loaded.eval().to(saved.ids.device)
         lost = _unequal(model, loaded)
         moved = difference(saved.logits, logits_of(loaded, saved.ids), scale)
-        if moved > TIGHT and lost and _take_rounded_buffers(model, loaded):
+        if moved > most and lost and _take_rounded_buffers(model, loaded):
             saved.logits = logits_of(model, saved.ids)
             lost, moved = _unequal(model, loaded), difference(saved.logits, logits_of(loaded, saved.ids), scale)
         keys = [
@@ -140,8 +140,8 @@ def reload_differs(subject: Subject) -> Outcome:
         if all(generation):
             fields += [{"note": f"generation config {line}"} for line in _changes(*generation)]
         measured = f"logits move by {moved:.1e} of their deviation after a reload"
-        limit = f"{TIGHT:.0e}"
-        if moved > TIGHT or info.get("missing_keys") or info.get("mismatched_keys"):
+        limit = f"{most:.0e}"
+        if moved > most or info.get("missing_keys") or info.get("mismatched_keys"):
             stored = Stored(saved.folder).dtypes.values()
             evidence = keys + fields + [{"note": f"{name} is not what it was"} for name in lost[:4]]
             if not keys and "BF16" in stored and _is_rounded(model, loaded):
@@ -332,9 +332,8 @@ def template_lost_on_save(subject: Subject) -> Outcome:
     for messages in CONVERSATIONS:
         text, again = (_render(t, messages) for t in (tokenizer, loaded))
         if text != again:
-            return failed(
-                "a conversation is rendered otherwise after a reload", "the same bytes", [{"note": repr(again)[:200]}]
-            )
+            evidence = [{"text": str(again)[:200], "note": "as rendered after a reload"}]
+            return failed("a conversation is rendered otherwise after a reload", "the same bytes", evidence)
         rendered += text is not None
     measured = f"template of {len(before)} characters and {rendered} rendered conversations are the same after a reload"
     if theirs and theirs != before:

@@ -177,6 +177,7 @@ class Subject:
         """
         model = self.model if self.is_small else self._shrink(keep_vocabulary)
         with restored(model):
+            without_autocast_(model)
             if draw:
                 redraw_(model, seed)
             model.eval()
@@ -206,6 +207,13 @@ class Subject:
         from .rows import label_rows
 
         return label_rows(self, count)
+
+
+def without_autocast_(model: nn.Module) -> None:
+    """Takes off the 16-bit forward that accelerate leaves on a model which was trained; `restored` puts it back."""
+    held = vars(model)
+    if "forward" in held and "_original_forward" in held:
+        held["forward"] = held["_original_forward"]
 
 
 def generator_like(model: nn.Module, seed: int) -> torch.Generator:
@@ -304,7 +312,16 @@ def restored(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(values)
 
 
-DROPOUTS = ("drop", "jitter", "noise")  # in the names of rates
+DROPOUTS = (
+    "attention_dropout",
+    "attn_dropout",
+    "dropout",
+    "dropout_prob",
+    "hidden_dropout",
+    "resid_pdrop",
+    "drop_rate",
+)
+RATES = ("drop", "jitter", "noise")  # in the names of whatever makes training mode random
 
 
 @contextlib.contextmanager
@@ -315,7 +332,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
     for owner in (*model.modules(), *(c for c in configs.values() if hasattr(c, "__dict__"))):
         is_dropout = isinstance(owner, nn.modules.dropout._DropoutNd)
         for name, rate in list(vars(owner).items()):
-            is_rate = (is_dropout and name == "p") or any(word in name.lower() for word in DROPOUTS)
+            is_rate = (is_dropout and name == "p") or any(word in name.lower() for word in RATES)
             if is_rate and isinstance(rate, float) and 0 < rate <= 1:
                 changed.append((owner, name, rate))
                 setattr(owner, name, 0.0)

@@ -198,19 +198,23 @@ Names = tuple[list[str], list[str], list[str]]
 
 def _loading_info(subject: Subject, stored: Stored) -> Names:
     """Names that are missing, unexpected, and of another shape."""
-    from transformers import AutoModelForCausalLM
-
-    options: dict[str, Any] = {"trust_remote_code": subject.trust_remote_code, "output_loading_info": True}
-    options["ignore_mismatched_sizes"] = True
+    is_small = sum(torch.Size(shape).numel() for shape in stored.shapes.values()) <= LARGEST_LOAD
     try:
         import accelerate  # noqa: F401  # which transformers asks for with a device_map
 
-        options["device_map"] = "meta"
-    except ImportError:
-        if sum(torch.Size(shape).numel() for shape in stored.shapes.values()) > LARGEST_LOAD:
-            return _by_names(subject, stored)
+        return _load(subject, device_map="meta")
+    except (ImportError, NotImplementedError):  # 5.9 compares both copies of a tied pair, which the meta device cannot
+        return _load(subject) if is_small else _by_names(subject, stored)
+
+
+def _load(subject: Subject, **options: Any) -> Names:
+    from transformers import AutoModelForCausalLM
+
+    options |= {"trust_remote_code": subject.trust_remote_code, "output_loading_info": True}
     try:
-        info = AutoModelForCausalLM.from_pretrained(subject.folder, **options)[1]
+        info = AutoModelForCausalLM.from_pretrained(subject.folder, ignore_mismatched_sizes=True, **options)[1]
+    except NotImplementedError:
+        raise
     except Exception as error:
         text = (str(error).strip() or "no message").split("\n")[0][:150]
         raise NotRun(f"from_pretrained raises {type(error).__name__}: {text}") from None
@@ -384,7 +388,10 @@ def rows_differ_from_reference(subject: Subject) -> Outcome:
             count = min(len(x), len(y))
             x, y = x[:count].float(), y[:count].float()
             compared += count
-            wrong = (x - y).norm(dim=1) > loose * y.norm(dim=1)
+            size = y.norm(dim=1)
+            if is_trained:  # a row that nobody had trained may move as far as the others are long
+                size = size.clamp_min(float(size.median()))
+            wrong = (x - y).norm(dim=1) > loose * size
             changed += (first + wrong.nonzero().flatten()).tolist()
         if changed:
             note = f"{mine}: {len(changed)} rows differ, {changed[0]} is the first"

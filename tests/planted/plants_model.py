@@ -229,7 +229,7 @@ def cache_positions_restart(is_planted: bool, patch: pytest.MonkeyPatch, folder:
     return from_parts(model=llama())
 
 
-@plant("cache-only-wrong-in-generate", caught_by="cache-differs", bug="M5", evidence="greedy generate")
+@plant("cache-only-wrong-in-generate", caught_by="cache-differs", bug="M5", evidence="generate")
 def cache_only_wrong_in_generate(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
     """generate hands positions that are one ahead from the second token on."""
 
@@ -271,7 +271,7 @@ def window_lost_in_sdpa(is_planted: bool, patch: pytest.MonkeyPatch, folder: Pat
     return from_parts(model=mistral())
 
 
-@plant("window-lost-everywhere", caught_by="window-not-applied", bug="M6", evidence="windows of 6 end before")
+@plant("window-lost-everywhere", caught_by="window-not-applied", bug="M6", evidence="the config says")
 def window_lost_everywhere(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
     """No backend is given the sliding window."""
     if is_planted:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import llama
+from tiny import bpe_tokenizer, llama, lm_trainer
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Trainer
 
 from llmkit.check.attach import from_parts
 from llmkit.check.subject import Subject
@@ -177,3 +177,172 @@ def trained_embedding_not_saved(is_planted: bool, patch: pytest.MonkeyPatch, fol
     if is_planted:
         model.get_base_model().get_input_embeddings().weight.requires_grad_(True)
     return from_parts(model=model)
+
+
+@plant("trainer-saves-half", caught_by="reload-differs", bug="R7", evidence="F16")
+def trainer_saves_half(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The trainer's own save_model casts to fp16 to save room."""
+
+    class Halving(Trainer):
+        def save_model(self, output_dir=None, _internal_call=False):
+            state = {k: v.half() for k, v in self.model.state_dict().items()}
+            self.model.save_pretrained(output_dir, state_dict=state)
+
+    return from_parts(lm_trainer(cls=Halving if is_planted else Trainer))
+
+
+@plant("saved-in-bfloat16", caught_by="reload-differs", bug="R7", status="warn", evidence="bfloat16")
+def saved_in_bfloat16(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """A float32 model is written in bfloat16."""
+
+    class Rounded(LlamaForCausalLM):
+        def save_pretrained(self, *args, **kwargs):
+            super().save_pretrained(*args, **kwargs, state_dict={k: v.bfloat16() for k, v in self.state_dict().items()})
+
+    return from_parts(model=(Rounded if is_planted else LlamaForCausalLM)(llama().config))
+
+
+class RotaryTable(nn.Module):
+    """cos and sin of a custom model: (T, D) buffers that from_pretrained leaves as it allocated them."""
+
+    def __init__(self, width: int, is_stored: bool):
+        super().__init__()
+        angles = torch.arange(64.0)[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)
+        self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=is_stored)
+        self.register_buffer("sin", angles.sin().repeat(1, 2), persistent=is_stored)
+
+    def forward(self, x, position_ids):
+        return self.cos[position_ids].to(x.dtype), self.sin[position_ids].to(x.dtype)
+
+
+class Rotated(LlamaForCausalLM):
+    is_stored = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.rotary_emb = RotaryTable(config.head_dim, self.is_stored)
+
+
+class RotatedByGarbage(Rotated):
+    is_stored = False
+
+
+@plant("rope-table-garbage", caught_by="reload-differs", bug="M8", evidence="rotary_emb")
+def rope_table_garbage(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The RoPE table of a custom class is not recomputed after from_pretrained."""
+    return from_parts(model=(RotatedByGarbage if is_planted else Rotated)(llama().config))
+
+
+@plant("memory-shared", caught_by="reload-differs", bug="M9", evidence="cannot be saved")
+def memory_shared(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """Two matrices share memory that nothing declares as tied: the first save raises."""
+    model = llama()
+    if is_planted:
+        model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    return from_parts(model=model)
+
+
+@plant("generation-config-lost", caught_by="reload-differs", bug="C9", status="warn", evidence="eos_token_id")
+def generation_config_lost(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The stop tokens of the live generation config are not written."""
+    model = llama()
+    model.generation_config.eos_token_id = [2, 4]
+    if is_planted:
+        patch.setattr("transformers.GenerationConfig.save_pretrained", lambda *args, **kwargs: None)
+    return from_parts(model=model)
+
+
+class Louder(LlamaForCausalLM):
+    """Changes what Llama says, and is registered nowhere."""
+
+    factor = 3.0
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * self.factor
+        return out
+
+
+@plant("served-as-another-class", caught_by="auto-class-differs", bug="M12", status="warn", evidence="LlamaForCausalLM")
+def served_as_another_class(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """A subclass with maths of its own is what everyone will load as Llama."""
+    if not is_planted:
+        patch.setattr(Louder, "factor", 1.0)
+    return from_parts(model=Louder(llama().config))
+
+
+@plant("config-forgets-resize", caught_by="resize-corrupts", bug="T8", evidence="config.vocab_size")
+def config_forgets_resize(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """An own resize swaps the matrices and leaves the config as it was."""
+    if is_planted:
+
+        def swap(self, count, *args, **kwargs):
+            for name in ("model.embed_tokens", "lm_head"):
+                old = self.get_submodule(name)
+                new = nn.Embedding(count, 32) if "embed" in name else nn.Linear(32, count, bias=False)
+                new.weight.data[: len(old.weight)] = old.weight.data
+                owner, _, last = name.rpartition(".")
+                setattr(self.get_submodule(owner), last, new)
+
+        patch.setattr(LlamaForCausalLM, "resize_token_embeddings", swap)
+    return from_parts(model=llama())
+
+
+@plant("resize-unties", caught_by="resize-corrupts", bug="M9", evidence="no longer tied")
+def resize_unties(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """After a resize the head is a copy."""
+    if is_planted:
+        resize = LlamaForCausalLM.resize_token_embeddings
+
+        def copied(self, *args, **kwargs):
+            out = resize(self, *args, **kwargs)
+            self.lm_head.weight = nn.Parameter(self.lm_head.weight.detach().clone())
+            return out
+
+        patch.setattr(LlamaForCausalLM, "resize_token_embeddings", copied)
+    return from_parts(model=llama(tie_word_embeddings=True))
+
+
+@plant("template-left-behind", caught_by="template-lost-on-save", bug="C11", evidence="no chat template")
+def template_left_behind(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """A save copies tokenizer.json and its config, and forgets chat_template.jinja."""
+    tokenizer = bpe_tokenizer()
+    if is_planted:
+        save = type(tokenizer).save_pretrained
+
+        def without(self, path, *args, **kwargs):
+            out = save(self, path, *args, **kwargs)
+            (Path(path) / "chat_template.jinja").unlink()
+            return out
+
+        patch.setattr(type(tokenizer), "save_pretrained", without)
+    return from_parts(tokenizer=tokenizer)
+
+
+@plant("template-of-reference-lost", caught_by="template-lost-on-save", bug="C11", evidence="reference")
+def template_of_reference_lost(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """A merge wrote the tokenizer without the template that the base came with."""
+    bpe_tokenizer().save_pretrained(folder / "base")
+    return from_parts(tokenizer=bpe_tokenizer(chat=not is_planted), reference=folder / "base")
+
+
+@plant("second-adapter-on-nothing", caught_by="adapter-lost", bug="F2", evidence="no parameter")
+def second_adapter_on_nothing(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The second adapter's parameters were dropped, and its config stays."""
+    from peft import LoraConfig
+
+    model = with_adapter()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    if is_planted:
+        for module in model.modules():
+            if isinstance(module, nn.ModuleDict) and "second" in module:
+                del module["second"]
+    return from_parts(model=model)
+
+
+@plant("adapter-written-empty", caught_by="adapter-lost", bug="X3", evidence="no adapter weights")
+def adapter_written_empty(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The adapter's file has a header and nothing else, as ZeRO-3 once wrote it."""
+    if is_planted:
+        patch.setattr("peft.peft_model.get_peft_model_state_dict", lambda *args, **kwargs: {})
+    return from_parts(model=with_adapter())

@@ -45,7 +45,6 @@ def control_rows_reserved(is_planted: bool, patch: pytest.MonkeyPatch, folder: P
     """The template's tokens still have the row that all reserved tokens share."""
     path = saved(folder)
     if is_planted:
-        edit(path, lambda t: t["model.embed_tokens.weight"][[3, 4, 420, 421]].copy_(t["model.embed_tokens.weight"][3]))
 
         def share(t):
             t["model.embed_tokens.weight"][[3, 4, 420, 421]] = t["model.embed_tokens.weight"][3].clone()
@@ -126,10 +125,11 @@ def wrong_rows_drawn(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) 
     return subject(path, reference=str(reference))
 
 
-def adapter(folder: Path) -> Path:
+def adapter(folder: Path, **options) -> Path:
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+    model = get_peft_model(llama(), config)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p)
@@ -158,4 +158,102 @@ def adapter_untrained(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path)
     base, path = saved(folder), adapter(folder)
     if is_planted:
         edit(path, lambda t: [v.zero_() for k, v in t.items() if "lora_B" in k], "adapter_model.safetensors")
+    return subject(base, peft_adapter=str(path))
+
+
+@plant("orig-mod-keys", caught_by="weights-missing", bug="M12", evidence="_orig_mod")
+def orig_mod_keys(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """One layer was compiled when it was saved."""
+    path = saved(folder)
+    if is_planted:
+
+        def prefix(t):
+            for key in [k for k in t if "layers.1." in k]:
+                t[key.replace("layers.1.", "layers.1._orig_mod.")] = t.pop(key)
+
+        edit(path, prefix)
+    return subject(path)
+
+
+@plant("matrix-of-another-shape", caught_by="weights-missing", bug="M12", evidence="another shape")
+def matrix_of_another_shape(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The config says four key heads, the file has two."""
+    path = saved(folder)
+    if is_planted:
+        config = json.loads((path / "config.json").read_text()) | {"num_key_value_heads": 4}
+        (path / "config.json").write_text(json.dumps(config))
+    return subject(path)
+
+
+@plant("norm-all-zero", caught_by="weights-zero-or-constant", bug="M12", status="warn", evidence="model.norm")
+def norm_all_zero(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """A conversion left the last norm as it was allocated."""
+    path = saved(folder)
+    if is_planted:
+        edit(path, lambda t: t["model.norm.weight"].zero_())
+    return subject(path)
+
+
+@plant("layer-all-zero", caught_by="weights-zero-or-constant", bug="X3", status="warn", evidence="layers.1.mlp")
+def layer_all_zero(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """A matrix of one layer of a sharded model is zero."""
+    path = folder / "model"
+    llama().save_pretrained(path, max_shard_size="20KB")
+    bpe_tokenizer().save_pretrained(path)
+    if is_planted:
+        name = "model.layers.1.mlp.up_proj.weight"
+        index = json.loads((path / "model.safetensors.index.json").read_text())
+        edit(path, lambda t: t[name].zero_(), index["weight_map"][name])
+    return subject(path)
+
+
+@plant("files-in-half", caught_by="dtype-changed", bug="R7", status="warn", evidence="float16")
+def files_in_half(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """Files of float16 under a config of float32."""
+    path = saved(folder)
+    if is_planted:
+        edit(path, lambda t: t.update({k: v.half() for k, v in t.items()}))
+    return subject(path)
+
+
+@plant("adapter-half-saved", caught_by="adapter-does-not-fit", bug="X3", evidence="no tensors for")
+def adapter_half_saved(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The tensors of v_proj of one layer are not in the file."""
+    base, path = saved(folder), adapter(folder)
+    if is_planted:
+
+        def drop(t):
+            for key in [k for k in t if "layers.1.self_attn.v_proj" in k]:
+                t.pop(key)
+
+        edit(path, drop, "adapter_model.safetensors")
+    return subject(base, peft_adapter=str(path))
+
+
+@plant("adapter-module-not-saved", caught_by="adapter-does-not-fit", bug="F3", evidence="lm_head")
+def adapter_module_not_saved(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The config promises a trained head that the file does not hold."""
+    base, path = saved(folder), adapter(folder, modules_to_save=["lm_head"])
+    if is_planted:
+        edit(path, lambda t: t.pop("base_model.model.lm_head.weight"), "adapter_model.safetensors")
+    return subject(base, peft_adapter=str(path))
+
+
+@plant("adapter-not-finite", caught_by="adapter-does-not-fit", bug="P3", evidence="not finite")
+def adapter_not_finite(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """One value of the adapter is infinite."""
+    base, path = saved(folder), adapter(folder)
+    if is_planted:
+        edit(path, lambda t: next(iter(t.values())).view(-1)[3:4].fill_(float("inf")), "adapter_model.safetensors")
+    return subject(base, peft_adapter=str(path))
+
+
+@plant("adapter-of-another-base", caught_by="adapter-does-not-fit", bug="F4", status="warn", evidence="trained on")
+def adapter_of_another_base(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The base has the right shapes and other weights than the one that the adapter names."""
+    trained_on, base, path = saved(folder, "trained-on"), saved(folder), adapter(folder)
+    config = json.loads((path / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(trained_on)}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    if is_planted:
+        llama(seed=1).save_pretrained(base)
     return subject(base, peft_adapter=str(path))
