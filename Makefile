@@ -7,7 +7,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_DISABLE_TELEMETRY := 1
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: help setup setup-all check-toy check-report pretrain-toy generate-toy export-toy pretrain-shakespeare-char clean-toy lint format test test-fast test-all
+.PHONY: help setup setup-all tokenizer-toy check-toy check-report pretrain-toy generate-toy export-toy pretrain-shakespeare-char clean-toy lint format test test-fast test-all
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -48,6 +48,9 @@ check-toy: $(VENV)/core  ## every check of the toy recipe: data, tokenizer, mode
 
 check-report: $(VENV)/all  ## planted bugs x checks x result; README's table comes from it
 	$(OFFLINE) $(BIN)/python tests/planted/report.py --write
+
+tokenizer-toy: $(VENV)/core  ## train a tokenizer on the toy world, check it, and see how it uses its ids
+	$(BIN)/llmkit tokenizer train recipes/toy/tokenizer.yaml
 
 pretrain-toy: $(VENV)/core  ## train a GPT on the toy world: minutes on two CPU cores, known true entropy
 	$(BIN)/llmkit pretrain recipes/toy/pretrain.yaml

@@ -1,4 +1,4 @@
-"""The front desk: `llmkit <verb> recipe.yaml --key value`.
+"""The front desk: `llmkit <verb> recipe.yaml --key value`; a verb has one word or two.
 
 Owns the verb table, the checks before a training verb, and the exit codes: 0 done, 1 crashed or a check failed, 2 the
 user's mistake (one line), 3 a check could not run, 130 interrupted, 141 when nobody reads the output any more
@@ -19,6 +19,8 @@ from . import __version__, config, launch, run
 # verb -> (module, config class, what it does)
 VERBS: dict[str, tuple[str, type, str]] = {
     "check": ("check.verb", config.CheckConfig, "find the silent bugs of a model, tokenizer, data set or trainer"),
+    "tokenizer train": ("data.tokenizer_train", config.TokenizerTrainConfig, "train a BPE or char-level tokenizer"),
+    "tokenizer check": ("data.tokenizer_check", config.TokenizerCheckConfig, "check any tokenizer, also on your text"),
     "pretrain": ("train.pretrain", config.PretrainConfig, "train a causal LM from scratch, or go on training one"),
     "generate": ("deploy.generate", config.GenerateConfig, "continue a prompt, streaming"),
     "export": ("deploy.export", config.ExportConfig, "write a plain Qwen3 or Llama folder that needs no llmkit"),
@@ -28,7 +30,8 @@ PREFLIGHT = {"pretrain": "train.preflight"}
 
 
 def usage() -> str:
-    rows = "\n".join(f"  {verb:<10} {text}" for verb, (_, _, text) in VERBS.items())
+    width = max(map(len, VERBS))
+    rows = "\n".join(f"  {verb:<{width}}  {text}" for verb, (_, _, text) in VERBS.items())
     return (
         f"llmkit {__version__}: train small language models so that nothing goes silently wrong\n\n"
         "usage: llmkit <verb> [recipe.yaml] [--key value | --key=value | key=value ...]\n"
@@ -36,15 +39,27 @@ def usage() -> str:
     )
 
 
-def help_for(verb: str) -> str:
-    _, cls, _ = VERBS[verb]
-    return f"llmkit {verb}: {(cls.__doc__ or '').strip()}\n\n{config.describe(cls)}"
+def help_for(words: list[str]) -> str:
+    """Of the verb that the words begin with; of all verbs of a first word that needs a second."""
+    verbs = _seconds(words[0]) if len(words) == 1 else []
+    shown = [(verb, VERBS[verb][1]) for verb in verbs or [_verb(words)[0]]]
+    return "\n\n\n".join(f"llmkit {v}: {(cls.__doc__ or '').strip()}\n\n{config.describe(cls)}" for v, cls in shown)
 
 
-def _verb(word: str) -> str:
-    if word not in VERBS:
-        raise config.UserError(f"unknown verb {word!r}; allowed: {', '.join(VERBS)}; `llmkit --help` says what they do")
-    return word
+def _seconds(word: str) -> list[str]:
+    return [verb for verb in VERBS if verb.startswith(f"{word} ")]
+
+
+def _verb(words: list[str]) -> tuple[str, list[str]]:
+    """The verb that the words begin with, and the rest."""
+    for count in (2, 1):
+        if (verb := " ".join(words[:count])) in VERBS:
+            return verb, words[count:]
+    if verbs := _seconds(words[0]):
+        raise config.UserError(
+            f"{' '.join(words[:2])!r}: {words[0]!r} needs a second word; allowed: {', '.join(verbs)}"
+        )
+    raise config.UserError(f"unknown verb {words[0]!r}; allowed: {', '.join(VERBS)}; `llmkit --help` says what they do")
 
 
 def run_verb(verb: str, words: list[str]) -> int:
@@ -57,8 +72,8 @@ def run_verb(verb: str, words: list[str]) -> int:
             print(f"# llmkit {verb}\n{config.dump(settings)}", flush=True)
             if not settings.skip_checks and (code := preflight(verb, settings)):
                 return code
-    _import(module).main(settings)
-    return 0
+    code = _import(module).main(settings)
+    return code if isinstance(code, int) else 0  # the verbs that check something give one
 
 
 def preflight(verb: str, settings: Any) -> int:
@@ -112,13 +127,13 @@ def dispatch(argv: list[str]) -> int:
         print(__version__)
         return 0
     if argv[0] == "help":
-        print(help_for(_verb(argv[1])))
+        print(help_for(argv[1:]))
         return 0
-    verb, rest = _verb(argv[0]), argv[1:]
-    flags = rest[: rest.index("--")] if "--" in rest else rest  # a command's own flags are not ours
+    flags = argv[: argv.index("--")] if "--" in argv else argv  # a command's own flags are not ours
     if "-h" in flags or "--help" in flags:
-        print(help_for(verb))
+        print(help_for([word for word in flags if word not in ("-h", "--help")]))
         return 0
+    verb, rest = _verb(argv)
     try:
         return check(rest) if verb == "check" else run_verb(verb, rest)
     except ImportError as error:

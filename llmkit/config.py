@@ -201,6 +201,56 @@ class CheckConfig:
     redact: bool = option(False, "token ids instead of text in every output")
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenizerTrainConfig:
+    """Train a byte-level BPE or char-level tokenizer on your text, and check it.
+
+    llmkit tokenizer train recipe.yaml [--key value ...]
+    """
+
+    output_dir: str = required("folder of the tokenizer; must not exist")
+    tokenizer_type: Literal["bpe", "char"] = option("bpe", "byte-level BPE, or one id per character")
+    vocab_size: int = option(1024, "ids of the BPE, special tokens included")
+    special_tokens: list = option([], "more control tokens, one id each, e.g. [<|tool|>]")
+    chat_tokens: list = option(["<|im_start|>", "<|im_end|>"], "control tokens of the chat template; [] for none")
+    chat_template_path: str | None = option(None, "chat template to save with it: a .jinja file")
+    add_bos_token: bool = option(True, "tokenizer(text) opens with BOS, as rows of packing_strategy: bos_bestfit do")
+    # data
+    datasets: list = option([], "training text: list of {path, name, split, data_files, columns, sample_by, fraction}")
+    data_dir: str = option(".", "folder that relative data_files start from")
+    max_train_bytes: int = option(200_000_000, "text a BPE is trained on at most, shared between the data sets")
+    # the checks at the end: as in `llmkit tokenizer check`
+    max_check_bytes: int = option(20_000_000, "text of each data set that is encoded at most")
+    check_ignore: list = option([], "[{check: NAME, reason: TEXT}]: a fail of that check becomes a warning")
+    json: str | None = option(None, "write results and figures there")
+    html: str | None = option(None, "write a page for people there")
+    plot: str | None = option(None, "write the rank-frequency plot there, a .png")
+    redact: bool = option(False, "token ids instead of text in every output")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerCheckConfig:
+    """Check any tokenizer: round trips, BOS and EOS, control tokens, storage, reloading; and how it suits your text.
+
+    llmkit tokenizer check --tokenizer_name DIR_OR_HUB_ID [--dataset rows.jsonl] [--key value ...]
+    llmkit tokenizer check recipe.yaml [--key value ...]
+    """
+
+    tokenizer_name: str = required("tokenizer folder, run folder or Hub id")
+    trust_remote_code: bool = option(False, "run the code that comes with the tokenizer")
+    # data
+    dataset: str | None = option(None, "one shard: .txt, .jsonl, .json, .parquet, .csv or a Hub id, TRL's columns")
+    datasets: list = option([], "several: list of {path, name, split, data_files, columns, sample_by, shard}")
+    data_dir: str = option(".", "folder that relative data_files start from")
+    max_check_bytes: int = option(20_000_000, "text of each data set that is encoded at most")
+    # what is done with the result
+    check_ignore: list = option([], "[{check: NAME, reason: TEXT}]: a fail of that check becomes a warning")
+    json: str | None = option(None, "write results and figures there")
+    html: str | None = option(None, "write a page for people there")
+    plot: str | None = option(None, "write the rank-frequency plot there, a .png")
+    redact: bool = option(False, "token ids instead of text in every output")
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads 1e-3 as a number and refuses a key given twice."""
 

@@ -33,11 +33,23 @@ def test_help_lists_every_verb(argv, capsys):
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_help_of_a_verb_lists_its_keys(verb, capsys):
     outs = []
-    for argv in (["help", verb], [verb, "--help"], [verb, "x.yaml", "-h"]):
+    words = verb.split()
+    for argv in (["help", *words], [*words, "--help"], [*words, "x.yaml", "-h"]):
         assert cli.main(argv) == 0
         outs.append(capsys.readouterr().out)
     assert outs[0].startswith(f"llmkit {verb}: ") and config.describe(cli.VERBS[verb][1]) in outs[0]
     assert outs[0] == outs[1] == outs[2]
+
+
+def test_a_first_word_alone_explains_its_verbs_and_runs_nothing(capsys):
+    for argv in (["help", "tokenizer"], ["tokenizer", "--help"]):
+        assert cli.main(argv) == 0
+        out = capsys.readouterr().out
+        assert "llmkit tokenizer train: " in out and "llmkit tokenizer check: " in out
+    for argv in (["tokenizer"], ["tokenizer", "trian"], ["help", "tokenizer", "trian"]):
+        assert cli.main(argv) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and err.endswith("allowed: tokenizer train, tokenizer check\n")
 
 
 def test_version_is_the_package_version(capsys):
@@ -50,7 +62,7 @@ def test_an_unknown_verb_is_one_line_and_exit_2(argv, capsys):
     assert cli.main(argv) == 2
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1
-    assert err.startswith(f"llmkit: unknown verb {argv[-1]!r}; allowed: check, pretrain, ")
+    assert err.startswith(f"llmkit: unknown verb {argv[-1]!r}; allowed: check, ")
 
 
 def fake_verb(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:

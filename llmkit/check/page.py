@@ -62,7 +62,8 @@ summary { cursor: pointer; margin: 1.4rem 0 .4rem; font-weight: 600; }
 PRINTED = """addEventListener("beforeprint", () => document.querySelectorAll("details").forEach(d => d.open = true));"""
 
 
-def page(report: Report) -> str:
+def page(report: Report, extra: str = "", style: str = "") -> str:
+    """`extra`: HTML between what was found and what passed, with CSS of its own."""
     found = {status: [c for c in report.checks if c.status == status] for status in TITLES}
     counts = "".join(_count(report, status) for status in (*TITLES, "pass", "not_applicable") if report.count(status))
     body = [
@@ -76,7 +77,7 @@ def page(report: Report) -> str:
     for status, title in TITLES.items():
         if found[status]:
             body.append(f"<h2>{title}</h2>{''.join(map(_card, found[status]))}")
-    body += [_passed(report, is_open=not all_found), _not_applicable(report)]
+    body += [extra, _passed(report, is_open=not all_found), _not_applicable(report)]
     seconds = sum(c.seconds for c in report.checks)
     note = f"{len(report.checks)} checks in {seconds:.1f} s; {report.versions()}"
     body.append(f'<p class="soft small">{_text(note)}</p>')
@@ -84,7 +85,7 @@ def page(report: Report) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{CSS}</style><script>{PRINTED}</script></head><body>\n"
+        f"<title>{_text(title)}</title><style>{CSS}{style}</style><script>{PRINTED}</script></head><body>\n"
         + "\n".join(filter(None, body))
         + "\n</body></html>\n"
     )

@@ -1,7 +1,7 @@
 """The tokenizer's ids: within the model's rows, one for each control token, the model's own.
 
-Owns the tier-0 checks K1 and K2. Leaves out BOS (`bos.py`) and round trips (`torture.py`), whose checks are of this
-family as well, and what templates do (`template.py`).
+Owns the tier-0 checks K1 and K2. Leaves out BOS (`bos.py`), EOS and forging (`control.py`) and round trips
+(`torture.py`), whose checks are of this family as well, and what templates do (`template.py`).
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from . import control  # noqa: F401  its checks are of this family
 from .bos import trained_rows
 from .conversations import turn_ends, written_by_template
 from .runner import Outcome, check, failed, passed, warned
@@ -106,15 +107,18 @@ def ids_overflow_storage(subject: Subject) -> Outcome:
 
     Symptom: nothing fails; nearly half of the tokens are others than the text says.
     Example: np.uint16 with a vocabulary of 128,000: ids wrap around at 65,536.
-    Detected: the largest value of the type in which the training set holds its ids, against the largest id.
+    Detected: the largest value of the type in which the training set (or the token store) holds its ids, against the
+        largest id.
     Tolerance: none.
     Spares: data sets that are tokenised on the fly, and lists of Python integers.
     Fix: store ids as uint32.
     Sources: transformers#2825, LLM-Shearing#65, distillm#14.
     """
-    subject.need("tokenizer", "training")
-    dataset = getattr(getattr(subject.training, "trainer", None), "train_dataset", None)
-    name = _stored_type(dataset)
+    subject.need("tokenizer")
+    name = subject.settings.get("store_dtype")  # of a token store that is to be written
+    if name is None:
+        subject.need("training")
+        name = _stored_type(getattr(getattr(subject.training, "trainer", None), "train_dataset", None))
     if name is None:
         raise NotApplicable("the training set does not hold ids in an integer type")
     largest, most = max(subject.tokenizer.get_vocab().values()), int(np.iinfo(name).max)

@@ -76,6 +76,11 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
     ]
 
 
+def id_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype:
+    """Of a token store: uint16 where every id fits, also that of a vocabulary with holes."""
+    return np.dtype("<u2" if max(tokenizer.get_vocab().values()) < 65536 else "<u4")
+
+
 def _write_store(
     docs: Iterable[Doc],
     tokenizer: PreTrainedTokenizerBase,
@@ -84,7 +89,7 @@ def _write_store(
     where: str,
     on_progress: Callable[[int], None],
 ) -> None:
-    dtype = np.dtype("<u2" if len(tokenizer) <= 65536 else "<u4")
+    dtype = id_dtype(tokenizer)
     ends: list[int] = []
     log_probs: list[float | None] = []
     num_tokens = num_bytes = num_empty = 0

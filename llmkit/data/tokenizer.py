@@ -11,7 +11,7 @@ pre-tokeniser by name ("qwen2"). A char-level vocabulary cannot become GGUF. Lea
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -28,7 +28,9 @@ QWEN2_SPLIT = (
 )
 
 
-def _wrap(core: Tokenizer, special: list[str], unk_token: str | None = None) -> PreTrainedTokenizerFast:
+def _wrap(
+    core: Tokenizer, special: list[str], control: Sequence[str], unk_token: str | None = None
+) -> PreTrainedTokenizerFast:
     core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -36,15 +38,19 @@ def _wrap(core: Tokenizer, special: list[str], unk_token: str | None = None) -> 
         eos_token=EOS,
         pad_token=PAD,
         unk_token=unk_token,
-        extra_special_tokens=CHAT,
+        extra_special_tokens=list(control),
         clean_up_tokenization_spaces=False,
         padding_side="left",  # for batched generation; training rows are packed and never padded by the tokenizer
     )
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of at most `vocab_size` ids, special tokens first; raises UserError below 256 bytes + specials."""
-    smallest = 256 + len(SPECIAL)
+def train_bpe(texts: Iterable[str], vocab_size: int, control: Sequence[str] = CHAT) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most `vocab_size` ids, special tokens first; raises UserError below 256 bytes + specials.
+
+    `control`: special tokens besides BOS, EOS and padding.
+    """
+    special = [BOS, EOS, PAD, *control]
+    smallest = 256 + len(special)
     if vocab_size < smallest:
         raise UserError(
             f"vocab_size={vocab_size} is too small; allowed: at least {smallest} (256 bytes + special tokens)"
@@ -59,23 +65,23 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=SPECIAL,
+        special_tokens=special,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
-    return _wrap(core, SPECIAL)
+    return _wrap(core, special, control)
 
 
-def train_char(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def train_char(texts: Iterable[str], control: Sequence[str] = CHAT) -> PreTrainedTokenizerFast:
     """One id per character seen, in code point order, after the special tokens."""
-    special = [*SPECIAL, UNK]
+    special = [BOS, EOS, PAD, *control, UNK]
     chars = sorted({char for text in texts for char in set(text)})
     vocab = {token: i for i, token in enumerate([*special, *chars])}
     core = Tokenizer(models.WordLevel(vocab, unk_token=UNK))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     core.decoder = decoders.Fuse()
-    return _wrap(core, special, unk_token=UNK)
+    return _wrap(core, special, control, unk_token=UNK)
 
 
 def add_bos(tokenizer: PreTrainedTokenizerFast) -> None:

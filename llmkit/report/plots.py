@@ -1,9 +1,10 @@
-"""Loss curves as PNG.   plot_losses(run_folder)  ->  run_folder/loss.png
+"""Pictures as PNG.   plot_losses(run_folder)  ->  run_folder/loss.png
 
-Owns pictures drawn from the JSON files of a run folder; imports no stage.
+Owns pictures drawn from the figures of JSON files; imports no stage.
 """
 
 import contextlib
+import io
 import json
 import warnings
 from pathlib import Path
@@ -61,3 +62,35 @@ def plot_losses(folder: Path) -> Path:
     path = folder / "loss.png"
     figure.savefig(path)
     return path
+
+
+def plot_frequencies(curves: dict[str, list[list[int]]], title: str) -> bytes:
+    """Uses of an id against its rank, both axes logarithmic: PNG of `name -> [[rank, uses], ...]`.
+
+    A grey line has the slope -1 of Zipf's law; where a curve falls off at its right end the vocabulary is too large.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    figure = Figure(figsize=(8, 4.5), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set(xscale="log", yscale="log", xlabel="rank of the id", ylabel="uses", title=title)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    drawn = {name: curve for name, curve in curves.items() if curve}
+    for i, (name, curve) in enumerate(drawn.items()):
+        axes.plot(*zip(*curve, strict=True), color=f"C{i % 10}", lw=1.6, label=name[:40])
+    if drawn:
+        most, last = max(c[0][1] for c in drawn.values()), max(c[-1][0] for c in drawn.values())
+        end = min(last, most)  # where one use is reached
+        axes.plot([1, end], [most, most / end], color="0.7", lw=1, ls="--", zorder=0, label="slope -1")
+        axes.legend(frameon=False, fontsize=8)
+    axes.grid(alpha=0.25, which="major")
+    axes.spines[["top", "right"]].set_visible(False)
+    for text in figure.findobj(Text):  # a shard may be called a$b$: that is no formula
+        text.set_parse_math(False)
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()

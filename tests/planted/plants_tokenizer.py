@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from tiny import bpe_tokenizer, chat_rows, llama, text_rows
-from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from llmkit.check.attach import from_folder, from_parts
@@ -82,8 +82,6 @@ def bos_twice_in_text(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path)
 @plant("bos-twice-by-post-processor", caught_by="double-bos", bug="T1", evidence="plain text")
 def bos_twice_by_post_processor(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
     """The post-processor writes BOS twice."""
-    from tokenizers import processors
-
     tokenizer = bpe_tokenizer(bos=True, chat=False)
     if is_planted:
         twice = processors.TemplateProcessing(single="<s> <s> $A", special_tokens=[("<s>", 1)])
@@ -292,3 +290,38 @@ def tokenizer_of_another_folder(is_planted: bool, patch: pytest.MonkeyPatch, fol
         path.write_text(json.dumps(state))
     paths = dict(model_name_or_path=str(folder / "model"), tokenizer_name=str(folder / "sibling"))
     return from_folder(CheckConfig(**paths))
+
+
+@plant("end-is-a-piece", caught_by="special-token-forged", bug="T9", status="warn", evidence="becomes id 1")
+def end_is_a_piece(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """A Unigram vocabulary in which </s> has the best score of all pieces."""
+    letters = [(c, -4.0) for c in "\u2581abcdefghijklmnopqrstuvwxyz</>"]
+    core = Tokenizer(models.Unigram([("<unk>", -100.0), ("</s>", 0.0 if is_planted else -100.0), *letters], unk_id=0))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    core.decoder = decoders.Metaspace(prepend_scheme="never", split=False)
+    return from_parts(tokenizer=PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>"))
+
+
+@plant("wrapped-without-eos", caught_by="eos-undeclared", bug="T10", evidence="no eos_token")
+def wrapped_without_eos(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The tokenizer has </s> in its vocabulary, and nobody said that it is EOS."""
+    return from_parts(tokenizer=bpe_tokenizer(chat=False, eos_token=None if is_planted else "</s>"))
+
+
+@plant("eos-by-post-processor", caught_by="eos-behind-prompt", bug="T10", status="warn", evidence="stands behind it")
+def eos_by_post_processor(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """An encoder-decoder's post-processor ends every text, prompts included."""
+    tokenizer = bpe_tokenizer(chat=False)
+    if is_planted:
+        ends = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+        tokenizer.backend_tokenizer.post_processor = ends
+    return from_parts(tokenizer=tokenizer)
+
+
+@plant("store-of-16-bits", caught_by="ids-overflow-storage", bug="D7", evidence="would be stored as 4464")
+def store_of_16_bits(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
+    """The token store takes two bytes for an id, the largest of which is 70,000."""
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "word": 70_000}, unk_token="<unk>"))
+    subject = from_parts(tokenizer=PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>"))
+    subject.settings["store_dtype"] = "uint16" if is_planted else "uint32"
+    return subject
