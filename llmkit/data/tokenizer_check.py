@@ -26,7 +26,7 @@ from ..config import TokenizerCheckConfig, TokenizerTrainConfig, UserError
 from ..report.plots import plot_frequencies
 from ..run import resolve_model_dir, write_json
 from .shards import id_dtype
-from .sources import Source, documents, parse_sources
+from .sources import SUFFIXES, Source, documents, parse_sources
 from .tokenizer_report import STYLE, print_figures, progress, section
 from .vocabulary import Shard, count_shard, shard_figures, vocabulary_figures
 
@@ -102,7 +102,9 @@ def _reader(source: Source, data_dir: Path) -> Callable[[], Iterator[str]]:
 
 def _rows_of(name: str) -> Texts:
     path = Path(name)
-    if path.suffix == ".txt" and path.is_file():  # with its line ends, which rows would lose
+    if path.suffix in SUFFIXES and not path.is_file():
+        raise UserError(f"dataset={name!r}: no such file; name one that is there, or a Hub id")
+    if path.suffix == ".txt":  # with its line ends, which rows would lose
         source = Source(path="text", data_files=escape(str(path.resolve())))
         return Texts(path.stem, _reader(source, Path("/")))
     rows = read_rows(name, "dataset")
@@ -132,6 +134,8 @@ def examine(tokenizer: Any, target: str, texts: list[Texts], settings: Settings)
     console = make_console()
     print_figures(figures, console)
     print_report(report, console)
+    if not shards:
+        console.print("how it suits your text: add --dataset FILE, or datasets", style="dim")
     for key in _write(report, figures, settings):
         print(f"{key}: {getattr(settings, key)}")
     return report.exit_code
@@ -186,7 +190,7 @@ def get_figures(tokenizer: Any, target: str, shards: list[Shard]) -> dict[str, A
     }
     if not is_fast and shards:
         size = f"{SLOW_BYTES / 1e6:.0f} MB"
-        found["notes"].append(f"the tokenizer is written in Python: slow, so at most {size} of each shard were read")
+        found["notes"].append(f"the tokenizer is written in Python: slow, so max_check_bytes is at most {size}")
     if shards:
         found["vocabulary"] = vocabulary_figures(shards, tokenizer)
     return found

@@ -84,7 +84,7 @@ def notes(figures: dict[str, Any]) -> list[str]:
     found = []
     for name, shard in figures["shards"].items():
         if shard["is_cut"]:
-            found.append(f"{name}: the first {shard['bytes'] / 1e6:.1f} MB of it (max_check_bytes)")
+            found.append(f"{name}: only its first {shard['bytes'] / 1e6:.1f} MB were read (max_check_bytes)")
         if shard["unknown"]:
             found.append(f"{name}: {shard['unknown']:,} tokens are unknown; `llmkit pretrain` refuses such text")
         if shard["altered_pieces"]:
@@ -100,8 +100,10 @@ def facts(figures: dict[str, Any]) -> list[tuple[str, str]]:
     v = figures["vocabulary"]
     number = v["ids"] - v["control_tokens"]
     shards = figures["shards"].values()
-    num_pieces, num_altered = (sum(shard[key] for shard in shards) for key in ("pieces", "altered_pieces"))
+    keys = ("pieces", "altered_pieces", "unjudged_pieces")
+    num_pieces, num_altered, num_unjudged = (sum(shard[key] for shard in shards) for key in keys)
     back = f"{num_pieces:,} pieces of text encoded and decoded, {num_altered:,} come back otherwise"
+    back += f", {num_unjudged:,} hold unknown tokens" if num_unjudged else ""
     return [
         ("round trip", back),
         ("vocabulary", f"{v['ids']:,} ids, {v['control_tokens']} of them control tokens"),

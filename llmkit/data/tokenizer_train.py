@@ -18,7 +18,7 @@ from .sources import Source, documents, parse_sources
 from .tokenizer import BOS, EOS, PAD, UNK, add_bos, load_tokenizer, save_tokenizer, train_bpe, train_char
 from .tokenizer_check import check_outputs, examine, shards_of
 from .tokenizer_report import progress
-from .vocabulary import pieces, without_surrogates
+from .vocabulary import pieces, within, without_surrogates
 
 
 class Sample:
@@ -40,13 +40,13 @@ class Sample:
             if piece is None:
                 del streams[i]
                 continue
-            if sum(self.num_bytes) >= self.max_bytes:
-                self.is_cut = True
-                return
-            piece, _ = without_surrogates(piece)
-            self.num_bytes[i] += len(piece.encode("utf-8"))
+            room = self.max_bytes - sum(self.num_bytes)
+            piece, num_bytes, self.is_cut = within(without_surrogates(piece)[0], room)
+            self.num_bytes[i] += num_bytes
             self.on_bytes(sum(self.num_bytes))
             yield piece
+            if self.is_cut:
+                return
 
 
 def main(settings: TokenizerTrainConfig) -> int:

@@ -25,6 +25,7 @@ from .shards import _encode
 PIECE = 65_536  # characters that are encoded at once, at most 256 KB: an encoding takes about 400 bytes per token
 BATCH = 1_000_000  # characters between two counts
 EXCERPT = 400  # characters of a text that the checks look at
+A_PIECE = 4  # excerpts of a piece
 RARE = 10  # uses below which an id is called rare
 CURVE = 200  # points of a rank-frequency curve
 COMMONEST, LONGEST = 20, 10
@@ -42,6 +43,7 @@ class Shard:
     num_surrogates: int = 0  # halves of a surrogate pair, counted as U+FFFD
     num_pieces: int = 0  # that were encoded: documents, long ones in parts
     num_altered: int = 0  # pieces that do not come back, but for blanks at their left edge
+    num_unjudged: int = 0  # pieces that hold <unk>: they cannot
     is_cut: bool = False  # there was more
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # (V,) uses of every id
     excerpts: list[str] = field(default_factory=list)  # for the checks; what is altered comes first
@@ -76,6 +78,15 @@ def without_surrogates(text: str) -> tuple[str, int]:
     return changed, sum(a != b for a, b in zip(text, changed, strict=True)) if changed != text else 0
 
 
+def within(text: str, max_bytes: float) -> tuple[str, int, bool]:
+    """As much of the text as fits, its bytes, and whether that is less than all."""
+    content = text.encode("utf-8")
+    if len(content) <= max_bytes:
+        return text, len(content), False
+    text = content[: int(max_bytes)].decode("utf-8", "ignore")
+    return text, len(text.encode("utf-8")), True
+
+
 def count_shard(
     name: str,
     texts: Iterable[str],
@@ -100,9 +111,10 @@ def count_shard(
                 shard.is_cut = True
                 break
             piece, num_surrogates = without_surrogates(piece)
+            piece, num_bytes, shard.is_cut = within(piece, max_bytes - shard.num_bytes)
             shard.num_surrogates += num_surrogates
             shard.num_pieces += 1
-            shard.num_bytes += len(piece.encode("utf-8"))
+            shard.num_bytes += num_bytes
             shard.num_characters += len(piece)
             batch.append(piece)
             waiting += len(piece)
@@ -127,12 +139,14 @@ def _count(shard: Shard, batch: list[str], tokenizer: Any, num_excerpts: int) ->
     altered = []
     for text, row, back in zip(batch, rows, backs, strict=True):
         back = back.replace(MARKED, " ") if MARKED not in text else back
-        if text != back and unknown not in row and difference(text, back):
+        if unknown in row:
+            shard.num_unjudged += 1
+        elif text != back and difference(text, back):
             shard.num_altered += 1
             at = first_difference(text.lstrip(" "), back.lstrip(" "))
             altered.append(text[max(0, at - EXCERPT // 2) :][:EXCERPT])
-        elif len(shard.excerpts) < num_excerpts:
-            shard.excerpts += [text[k : k + EXCERPT] for k in range(0, len(text), EXCERPT)]
+        if len(shard.excerpts) < num_excerpts:
+            shard.excerpts += [text[k : k + EXCERPT] for k in range(0, len(text), EXCERPT)][:A_PIECE]
     shard.excerpts = [*altered, *shard.excerpts][:num_excerpts]
 
 
@@ -166,6 +180,7 @@ def shard_figures(shard: Shard) -> dict[str, Any]:
         "surrogates": shard.num_surrogates,
         "pieces": shard.num_pieces,
         "altered_pieces": shard.num_altered,
+        "unjudged_pieces": shard.num_unjudged,
         "is_cut": shard.is_cut,
         "curve": curve(shard.counts),
     }
