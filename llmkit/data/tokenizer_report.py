@@ -45,7 +45,8 @@ def progress() -> Iterator[Callable[..., None]]:
         timer.start()
 
         def say(what: str, done: int, most: int | None) -> None:
-            bar.update(task, description=what, completed=done, total=most)
+            bar.tasks[0].total = most  # `update` would take None for "as before"
+            bar.update(task, description=what, completed=done)
 
         try:
             yield say
