@@ -131,12 +131,13 @@ def examine(tokenizer: Any, target: str, texts: list[Texts], settings: Settings)
         for items in (figures.get("vocabulary", {}).get(key, []) for key in ("commonest", "longest")):
             for item in items:
                 del item["text"]
+    written = _write(report, figures, settings)  # first: whoever reads the output may close it
     console = make_console()
     print_figures(figures, console)
     print_report(report, console)
     if not shards:
         console.print("how it suits your text: add --dataset FILE, or datasets", style="dim")
-    for key in _write(report, figures, settings):
+    for key in written:
         print(f"{key}: {getattr(settings, key)}")
     return report.exit_code
 

@@ -113,10 +113,17 @@ def test_a_curve_keeps_its_ends_and_at_most_200_points():
 
 
 @pytest.mark.parametrize("longest", [50, 200, 1000])
-def test_pieces_are_the_text_and_change_no_token(longest, bpe):
+def test_pieces_are_the_text_and_change_no_token(longest):
+    """Empty lines and indents are tokens of several characters here: a cut inside one would show."""
+    bpe = train_bpe([TEXT], 400)
     found = list(pieces(TEXT, longest))
     assert "".join(found) == TEXT and max(map(len, found)) <= longest and len(found) > 1
     assert [i for ids in _encode(bpe, found) for i in ids] == _encode(bpe, [TEXT])[0]
+
+
+def test_pieces_end_where_a_line_ends_and_no_blank_follows():
+    assert list(pieces("ab\ncd\n  ef", 8)) == ["ab\n", "cd\n  ef"]
+    assert list(pieces("ab cd ef", 6)) == ["ab cd", " ef"] and list(pieces("abcdef", 4)) == ["abcd", "ef"]
 
 
 @pytest.mark.parametrize("text", ["a b " * 100, "x" * 300, "\n" * 300, " " * 300, "é\n" * 200, ""])
@@ -274,6 +281,7 @@ def test_the_checks_are_those_of_llmkit_check(saved, tmp_path, capsys):
     assert found["shards"]["x"]["tokens"] == len(_encode(train_bpe([TEXT], 300), [TEXT])[0])
     assert found["tokenizer"]["store_dtype"] == "uint16" and found["vocabulary"]["ids"] == 300
     assert found["summary"]["exit_code"] == 0 and found["version"] == 1
+    assert {c["id"]: c["status"] for c in found["checks"]}["ids-overflow-storage"] == "pass"
 
 
 def test_a_chat_template_is_checked_too_on_the_rows(saved, tmp_path, capsys):
@@ -304,7 +312,10 @@ def test_what_the_text_shows_fails_the_check_of_round_trips(saved, tmp_path, cap
     (tmp_path / "x.txt").write_text("a" * 3000 + "q\tb")
     assert check(saved(tokenizer), "--dataset", str(tmp_path / "x.txt")) == 1
     out = capsys.readouterr().out
+    assert "aaaq" in out
     assert "FAIL  text-lost" in out and "1 pieces of text encoded and decoded, 1 come back otherwise" in out
+    assert check(str(tmp_path / "tok"), "--dataset", str(tmp_path / "x.txt"), "--redact") == 1
+    assert "aaaq" not in capsys.readouterr().out
 
 
 def test_the_page_stands_alone_and_redact_holds_everywhere(saved, tmp_path, capsys):
