@@ -24,17 +24,17 @@ the two pieces alone. Two kinds of place are used, both next to white space:
 3. The pre-tokenizer.
    a) One token per character ([\s\S], no normalizer, no added tokens that are looked for): every place will do.
    b) The regular expressions below, isolated. They have no look-behind and no anchor, so what is found from p on
-      depends on the text from p on; it remains that no match holds both sides of p, and that every match before p is the same
-      when the text ends at p.
+      depends on the text from p on. It remains that no match holds both sides of p, and that every match before p is
+      the same when the text ends at p.
       word: p - 1 is a letter. Each alternative that can hold a letter ends with its run of letters (or a contraction
       of ' and letters after it), so ends at p, before a blank as at the end of the text; a blank stands only at the
       beginning of a match. No \s+ ends at p; its look-ahead (?!\S) from further left sees the same characters.
       line: p - 1 is \n and p - 2 is x. Either x is neither letter, number nor white space: then
       ` ?[^\s\p{L}\p{N}]+[\r\n]*` (o200k: [\r\n/]*) takes x and \n and ends before the letter as at the end. Or no
       match holds both: then one begins at \n, and \s*[\r\n]+ takes just it; the letter is no part of it, as
-      [^\r\n\p{L}\p{N}]? may not be a line feed. In GPT-2's, which has neither [\r\n] rule, \n is taken by \s+ where a letter follows
-      and by \s+(?!\S) where the text ends: the same one character. (After a blank it would not be: `  \n` at the
-      end is one match, before a letter two. Hence x.)
+      [^\r\n\p{L}\p{N}]? may not be a line feed. In GPT-2's, which has neither [\r\n] rule, \n is taken by \s+ where
+      a letter follows and by \s+(?!\S) where the text ends: the same one character. (After a blank it would not be:
+      `  \n` at the end is one match, before a letter two. Hence x.)
       A ByteLevel behind it maps what it is given, piece by piece. With add_prefix_space GPT-2's puts a blank before a
       text without one, so only `word` will do.
    c) Whitespace, WhitespaceSplit, BertPreTokenizer first: white space parts tokens and belongs to none, and what

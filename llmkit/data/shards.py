@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ..config import UserError
-from .encode import Encoder, StoreWriter
+from .encode import NAME, Encoder, StoreWriter, merge_stores
 from .sources import Doc
 from .tokenizer import fingerprint
 
