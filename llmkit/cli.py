@@ -19,6 +19,11 @@ from . import __version__, config, launch, run
 # verb -> (module, config class, what it does)
 VERBS: dict[str, tuple[str, type, str]] = {
     "check": ("check.verb", config.CheckConfig, "find the silent bugs of a model, tokenizer, data set or trainer"),
+    "data": (
+        "data.prepare",
+        config.DataConfig,
+        "make token stores of text: clean, deduplicate, decontaminate, tokenise",
+    ),
     "pretrain": ("train.pretrain", config.PretrainConfig, "train a causal LM from scratch, or go on training one"),
     "generate": ("deploy.generate", config.GenerateConfig, "continue a prompt, streaming"),
     "export": ("deploy.export", config.ExportConfig, "write a plain Qwen3 or Llama folder that needs no llmkit"),
