@@ -22,6 +22,7 @@ from ..config import UserError
 from ..run import Result, write_json
 from . import clean
 from .encode import NAME, merge_stores
+from .sources import describe
 from .stages import (
     FATES,
     HELD_OUT,
@@ -181,7 +182,7 @@ def _source_figures(
         own.merge(found["notes"])
     edges = np.geomspace(1, max(2, lengths.max(initial=2)), 41)
     return {
-        "name": " ".join(str(part) for part in (source.path, source.name, source.data_files, source.split) if part),
+        "name": describe(source),
         "role": role,
         "store": store,
         "rows": len(lengths) + own.count("bad") + own.count("dropped"),

@@ -25,7 +25,8 @@ from typing import IO, Any, NamedTuple
 import orjson
 
 from ..config import UserError
-from .sources import Source, _bound, _builder, _files, _rows, _split, _toyworld
+from . import toyworld
+from .sources import Source, bound, describe, find_builder, find_files, hub_rows, parse_split, toyworld_range
 
 EVERY = "\x1e"  # as a column: all texts of a row, joined by this sign
 SHARE_BYTES = 16 << 20
@@ -74,7 +75,7 @@ class Share:
 
 def _kind(source: Source, path: str) -> str:
     """How a file is read: lines | paragraphs | document | jsonl | json | csv | parquet."""
-    builder = _builder(source)
+    builder = find_builder(source)
     if builder == "text":
         return {"line": "lines", "paragraph": "paragraphs", "document": "document"}[source.sample_by]
     if builder == "json":
@@ -95,20 +96,25 @@ def plan_shares(source: Source, data_dir: Path, share_bytes: int = SHARE_BYTES) 
 
     Reads line files once, to count their lines (about 1 GB/s).
     """
+    if source.columns is not None and len(source.columns) != 1:
+        raise UserError(f"{describe(source)}: columns={source.columns!r}; pretraining reads exactly one text column")
     if source.path.startswith("builtin/"):
-        _, start, stop = _split(source.split, source.path)
-        first, last = int(start or 0), int(stop or 0)
+        _, _, first, last = toyworld_range(source)
         steps = range(first, last, TOYWORLD_SHARE)
         return [Share(None, k, min(k + TOYWORLD_SHARE, last), size=SHARE_BYTES) for k in steps], last - first
-    if _builder(source) is None:
-        found = _rows(source, None, [])
+    if find_builder(source) is None:
+        found = hub_rows(source)
         if source.streaming:
             return [Share(None, k, found.num_shards, size=SHARE_BYTES) for k in range(found.num_shards)], 0
         starts = range(0, len(found), HUB_SHARE)
         return [Share(None, k, min(k + HUB_SHARE, len(found)), size=SHARE_BYTES) for k in starts], len(found)
+    if parse_split(source.split, source.path)[0] != "train":
+        raise UserError(
+            f"{describe(source)}: split={source.split!r}; local files have only `train`; slice it, e.g. train[90%:]"
+        )
     shares: list[Share] = []
     rows = 0
-    for path in map(str, _files(source, data_dir)):
+    for path in map(str, find_files(source, data_dir)):
         found, count = _file_shares(path, _kind(source, path), share_bytes, "[" in source.split)
         shares += [dataclasses.replace(share, before=rows) for share in found]
         rows += count
@@ -158,13 +164,13 @@ def read_share(source: Source, share: Share, max_doc_bytes: int, total_rows: int
         yield from _unfiled(source, share)
         return
     kind = _kind(source, share.path)
-    _, start, stop = _split(source.split, source.path)
+    _, start, stop = parse_split(source.split, source.path)
     if kind == "document" and (start or stop) and total_rows <= 1:
         for row in _file_rows(kind, share, max_doc_bytes, []):
-            low, high = _bound(start, len(row.text), 0), _bound(stop, len(row.text), len(row.text))
+            low, high = bound(start, len(row.text), 0), bound(stop, len(row.text), len(row.text))
             yield row._replace(text=row.text[low:high])
         return
-    low, high = _bound(start, total_rows, 0), _bound(stop, total_rows, sys.maxsize)
+    low, high = bound(start, total_rows, 0), bound(stop, total_rows, sys.maxsize)
     for number, row in enumerate(_file_rows(kind, share, max_doc_bytes, source.columns or ["text"])):
         if low <= share.before + share.first_row + number < high:
             yield row
@@ -173,11 +179,12 @@ def read_share(source: Source, share: Share, max_doc_bytes: int, total_rows: int
 def _unfiled(source: Source, share: Share) -> Iterator[Row]:
     """toyworld and the Hub."""
     if source.path.startswith("builtin/"):
-        part = dataclasses.replace(source, split=f"{_split(source.split, source.path)[0]}[{share.start}:{share.stop}]")
-        for i, (text, log_prob) in enumerate(_toyworld(part), share.start):
+        kinds, split, _, _ = toyworld_range(source)
+        for i in range(share.start, share.stop or 0):
+            text, log_prob = toyworld.document(kinds[i % len(kinds)], split, i)
             yield Row(f"{source.name or 'toyworld'} document {i}", text, log_prob)
         return
-    rows, first, where = _rows(source, None, []), share.start, f"{source.path} row"
+    rows, first, where = hub_rows(source), share.start, f"{source.path} row"
     if source.streaming:
         rows, first = rows.shard(num_shards=share.stop, index=share.start), 0
         where = f"{source.path} shard {share.start} row"
