@@ -11,35 +11,24 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..config import DataConfig, UserError
 from ..run import Run, is_disk_full, run_status
 from . import clean, dedup, finish, stages
 from .read import EVERY, SHARE_BYTES, Share, plan_shares
 from .sources import parse_sources, source_fingerprint
-from .stages import HELD_OUT_SHARD, Plan, Task
+from .stages import HELD_OUT_SHARD, Plan, Stage, Task
 
 SMALL_BYTES = 8 << 20  # one process is as fast
 MIN_VERSION = "1"  # of the work folder's layout
 NOT_OF_THE_TEXT = ("output_dir", "engine", "engine_kwargs", "num_workers", "dry_run", "keep_work", "max_bad_rows")
-
-
-class Stage(NamedTuple):
-    """A pipeline and the number of its tasks."""
-
-    name: str
-    steps: list[Any]
-    tasks: int
 
 
 # before the first step
@@ -132,94 +121,6 @@ def make_stages(plan: Plan, work: Path) -> list[Stage]:
     return [*found, step(finish.tokenizer), step(stages.tokenise, len(plan.tasks)), step(finish.finish)]
 
 
-# where the steps run
-
-
-def run_local(plan: Plan, work: Path, console: Console) -> None:
-    """On this machine's cores; the bar counts tasks."""
-    from .executor import QuietExecutor
-
-    size = sum(share.size for task in plan.tasks for share in task.shares)
-    most = plan.config.num_workers or (1 if 0 < size < SMALL_BYTES else os.cpu_count() or 1)
-    found = make_stages(plan, work)
-    with _bar(console) as on_stage:
-        for number, stage in enumerate(found, 1):
-            workers = min(most, stage.tasks)
-            os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers == 1 else "false"
-            logs = work / "logs" / stage.name
-            on_stage(f"{number}/{len(found)} {stage.name}", logs / "completions", stage.tasks)
-            QuietExecutor(stage.steps, tasks=stage.tasks, workers=workers, logging_dir=str(logs)).run()
-
-
-@contextmanager
-def _bar(console: Console) -> Iterator[Callable[[str, Path, int], None]]:
-    """A bar that follows the tasks of the running step by the files that datatrove leaves for each."""
-    columns = (TextColumn("{task.description:<18}"), BarColumn(24), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
-    ended = threading.Event()
-    where: dict[str, Any] = {}
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("", total=1)
-
-        def follow() -> None:
-            while not ended.wait(0.3):
-                if where and where["folder"].is_dir():
-                    progress.update(task, completed=sum(1 for _ in where["folder"].iterdir()))
-
-        def on_stage(name: str, folder: Path, total: int) -> None:
-            where["folder"] = folder
-            progress.reset(task, description=name, total=total)
-
-        threading.Thread(target=follow, daemon=True).start()
-        try:
-            yield on_stage
-        finally:
-            ended.set()
-
-
-def submit(plan: Plan, work: Path, console: Console) -> None:
-    """On a cluster: one job a step, each after the one before it. With dry_run they are shown and not submitted."""
-    from loguru import logger
-
-    logger.disable("datatrove")
-    config = plan.config
-    before = None
-    for stage in make_stages(plan, work):
-        logs = str((work / "logs" / stage.name).resolve())
-        common = {"tasks": stage.tasks, "logging_dir": logs, **config.engine_kwargs}
-        if config.num_workers:
-            common["workers"] = min(config.num_workers, stage.tasks)
-        try:
-            if config.engine == "slurm":
-                from datatrove.executor.slurm import SlurmPipelineExecutor
-
-                made: Any = SlurmPipelineExecutor(
-                    stage.steps, job_name=f"llmkit-{stage.name}", depends=before, **common
-                )
-            else:
-                from datatrove.executor.ray import RayPipelineExecutor
-
-                made = RayPipelineExecutor(stage.steps, depends=before, **common)
-        except TypeError as error:
-            raise UserError(
-                f"engine_kwargs: {error}; allowed: what datatrove's {config.engine} executor takes"
-            ) from None
-        if config.dry_run and config.engine == "slurm":
-            run = f"srun -l -n 1 launch_pickled_pipeline {logs}/executor.pik"
-            arguments = made.get_sbatch_args(min(stage.tasks, made.max_array_size))
-            console.print(made.get_launch_file_contents(arguments, run), markup=False, highlight=False, soft_wrap=True)
-        elif config.dry_run:
-            console.print(f"{stage.name:<14} {stage.tasks:>6} tasks  {', '.join(map(_step_name, stage.steps))}")
-        elif config.engine == "ray":
-            made.run()
-        before = made
-    if config.engine == "slurm" and not config.dry_run:
-        made.run()  # launches what it depends on first
-
-
-def _step_name(step: Any) -> str:
-    return getattr(getattr(step, "func", None), "__name__", type(step).__name__)
-
-
 # the verb
 
 
@@ -236,6 +137,8 @@ def work_key(config: DataConfig) -> str:
 def main(config: DataConfig) -> Any:
     """Makes the corpus. Raises UserError for what cannot be read, and leaves no store then."""
     console = Console(stderr=False)
+    from . import executor
+
     check_settings(config)
     output = Path(config.output_dir)
     if run_status(output) == "ok":
@@ -260,10 +163,13 @@ def main(config: DataConfig) -> Any:
         finish.write_ids(tokenizer, work / "tokenizer")
     try:
         plan.save(work)
+        steps = make_stages(plan, work)
         if config.engine != "local":
-            submit(plan, work, console)
+            executor.submit(steps, work / "logs", config, console)
             return None
-        run_local(plan, work, console)
+        size = sum(share.size for task in plan.tasks for share in task.shares)
+        num_workers = config.num_workers or (1 if size < SMALL_BYTES else os.cpu_count() or 1)
+        executor.run_local(steps, work / "logs", num_workers, console)
         figures = json.loads((output / "report.json").read_text(encoding="utf-8"))
         show(figures, output, console)
         if not config.keep_work:

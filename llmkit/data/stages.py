@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -39,6 +39,14 @@ FATES = ("kept", "exact-duplicate", "near-duplicate", "held-out", "contaminated"
 KEPT, EXACT, NEAR, HELD_OUT, CONTAMINATED = range(len(FATES))
 HELD_OUT_SHARD = "validation"
 SHOWN = 300  # characters of a text in the lists of what was removed
+
+
+class Stage(NamedTuple):
+    """A pipeline of steps and the number of its tasks."""
+
+    name: str
+    steps: list[Any]
+    tasks: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -346,6 +346,41 @@ def test_a_killed_run_goes_on_and_gives_the_same_stores(tmp_path):
         assert np.array_equal(a, b)
 
 
+@pytest.mark.medium
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_killed_worker_or_an_interrupt_ends_the_run_with_one_line(tmp_path, number):
+    """A pool of processes waits for ever for a worker that the system killed."""
+    config = corpus(tmp_path, [sentence(i) + " " + sentence(i * 31 + 7) for i in range(20_000)], num_workers=2)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in vars(config).items() if v != getattr(DataConfig(), k)}))
+    script = tmp_path / "slow.py"  # workers that never come to an end
+    script.write_text(
+        "import sys, time\nfrom llmkit import cli\nfrom llmkit.data import stages, prepare\n"
+        f"def slow(*args):\n    open({str(tmp_path / 'pid')!r}, 'w').write(str(__import__('os').getpid()))\n"
+        "    time.sleep(100)\n"
+        "prepare.make_stages = lambda plan, work: [stages.Stage('slow', [slow], 2)]\n"
+        f"if __name__ == '__main__':\n    sys.exit(cli.main(['data', {str(path)!r}]))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, str(script)], env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    time.sleep(0.5)
+    if number == signal.SIGKILL:
+        os.kill(int((tmp_path / "pid").read_text()), number)
+    else:
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    _, err = process.communicate(timeout=30)
+    assert err.count("\n") == 1, err
+    assert (process.returncode, err[:30]) == (
+        (2, "llmkit: a worker process was k") if number == signal.SIGKILL else (130, "llmkit: interrupted\n")
+    )
+
+
 # clusters
 
 
