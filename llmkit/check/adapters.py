@@ -15,7 +15,7 @@ import torch
 
 from ..config import UserError
 from .forward import bare, draw_ids, logits_of
-from .model import difference, need_alive
+from .measure import difference, need_alive
 from .runner import Outcome, check, failed, passed, warned
 from .stored import Stored, weight_files
 from .subject import NotApplicable, NotRun, Subject, redraw_

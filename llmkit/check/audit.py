@@ -192,9 +192,7 @@ def audit_of(subject: Subject) -> Audit:
     subject.need("tokenizer")
     if subject.training is None:
         subject.need("rows")
-    if "audit" not in subject._cache:
-        subject._cache["audit"] = _audit(subject)
-    return subject._cache["audit"]
+    return subject.once("audit", lambda: _audit(subject))
 
 
 def _audit(subject: Subject) -> Audit:
@@ -292,7 +290,7 @@ def _round_trip(tokenizer: Any, text: str) -> str:
 
 
 def _anchors(subject: Subject, roles: tuple[str, ...]) -> list[str] | None:
-    known = subject._cache.setdefault("anchors", {})
+    known = subject.memory.setdefault("anchors", {})
     if roles not in known:
         real = ["assistant" if role == "history" else role for role in roles]
         known[roles] = segments(subject.tokenizer, real)

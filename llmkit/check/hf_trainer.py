@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .forward import text_config
 from .live import (
     ELEMENTS,
     LOOKED_AT,
@@ -151,7 +152,7 @@ class HFTraining:
             trained = int((batch["labels"] != -100).sum())
             lengths.append((batch["input_ids"].numel(), trained, i))
         lengths.sort()
-        vocabulary = getattr(self.trainer.model.config.get_text_config(), "vocab_size", 50_000)
+        vocabulary = self._vocabulary()
         short = [(trained, i) for n, trained, i in lengths if trained and n * vocabulary * 8 <= ELEMENTS] or [
             (trained, i) for n, trained, i in lengths[:count] if trained
         ]
@@ -302,7 +303,7 @@ class HFTraining:
         return trace
 
     def _vocabulary(self) -> int:
-        return int(getattr(self.trainer.model.config.get_text_config(), "vocab_size", 50_000))
+        return int(getattr(text_config(self.trainer.model), "vocab_size", 50_000))
 
     def _use(self, model: nn.Module) -> None:
         """Makes `model` the trainer's, as a fresh process would: inside `unchanged` only."""

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .forward import bare
 from .subject import attributes_restored
 
 LOOKED_AT = 256  # rows among which short or ragged ones are chosen
@@ -99,7 +100,7 @@ def patch_forward_as(live: Any, small: Any) -> None:
 
     Whoever lends the small model takes it off again (`restored`).
     """
-    live, small = (m.get_base_model() if hasattr(m, "get_base_model") else m for m in (live, small))
+    live, small = bare(live), bare(small)
     function = getattr(vars(live).get("forward"), "__func__", None)
     if live is small or not isinstance(function, FunctionType) or "forward" in vars(small):
         return

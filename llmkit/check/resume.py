@@ -68,16 +68,7 @@ def compare_runs(subject: Subject) -> Comparison:
     subject.need("training", "model")
     if subject.settings.get("save_only_model"):
         raise NotApplicable("save_only_model=True: checkpoints hold weights alone, by choice")
-    if "resume" not in subject.memory:
-        try:
-            subject.memory["resume"] = _compare_runs(subject)
-        except Exception as reason:
-            subject.memory["resume"] = reason
-    found = subject.memory["resume"]
-    if isinstance(found, Exception):
-        raise found
-    assert isinstance(found, Comparison)
-    return found
+    return subject.once("resume", lambda: _compare_runs(subject))
 
 
 def _compare_runs(subject: Subject) -> Comparison:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from . import adapters  # noqa: F401  # a check of this family
+from .forward import bare
 from .runner import Outcome, check, failed, passed, warned
-from .stored import Stored, check_folder, weight_files
+from .stored import Stored, weight_files
 from .subject import NotApplicable, NotRun, Subject
 
-__all__ = ["Stored", "check_folder"]
 LARGEST_LOAD = 400_000_000  # parameters up to which the weights themselves are loaded where accelerate is missing
 DEAD = 1e-3  # of the median norm of the rows
 REPLACED = 0.5  # of a row's norm: more than training moves it
@@ -29,9 +29,8 @@ HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "head.weight")
 def _stored(subject: Subject) -> Stored:
     if subject.folder is None or not weight_files(subject.folder):
         raise NotApplicable("no folder with stored weights given")
-    if "stored" not in subject._cache:
-        subject._cache["stored"] = Stored(subject.folder)
-    return subject._cache["stored"]
+    folder = subject.folder
+    return subject.once("stored", lambda: Stored(folder))
 
 
 def _matrices(stored: Stored) -> dict[str, str]:
@@ -153,8 +152,7 @@ def _rows(stored: Stored, name: str) -> tuple[Tensor, Tensor]:
 def _trains_embeddings(subject: Subject) -> bool:
     if subject.model is None or subject.training is None:
         return False
-    inner = subject.model.get_base_model() if hasattr(subject.model, "get_base_model") else subject.model
-    return any(p.requires_grad for p in inner.get_input_embeddings().parameters())
+    return any(p.requires_grad for p in bare(subject.model).get_input_embeddings().parameters())
 
 
 # what the class needs
@@ -253,9 +251,7 @@ class Values:
 
 def _values(subject: Subject, stored: Stored) -> dict[str, Values | None]:
     """Read once for all checks; None for integers and for tensors without numbers."""
-    if "values" not in subject._cache:
-        subject._cache["values"] = {name: _read(stored, name) for name in stored.shapes}
-    return subject._cache["values"]
+    return subject.once("values", lambda: {name: _read(stored, name) for name in stored.shapes})
 
 
 def _read(stored: Stored, name: str) -> Values | None:
