@@ -117,11 +117,16 @@ def patch_forward_as(live: Any, small: Any) -> None:
     small.forward = MethodType(copied, small)
 
 
+def is_indexed(dataset: Any) -> bool:
+    """Rows can be picked: not a stream, and not None."""
+    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+
+
 def some_rows(dataset: Any, num_rows: int | None, vocabulary: int) -> Any:
     """The first `num_rows` rows that are short enough for logits of eight of them; of a stream, its first rows."""
     if num_rows is None:
         return dataset
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+    if not is_indexed(dataset):
         return list(itertools.islice(iter(dataset), num_rows))
     if num_rows >= len(dataset):
         return dataset

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .live import is_indexed
 from .runner import Outcome, check, failed, passed, warned
 from .subject import DROPOUTS, NotApplicable, NotRun, Subject, Trace, redraw_
 
@@ -60,7 +61,7 @@ def short_run_settings(subject: Subject) -> dict[str, Any]:
 
 def is_stream(subject: Subject) -> bool:
     dataset = getattr(getattr(subject.training, "trainer", None), "train_dataset", None)
-    return dataset is not None and not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"))
+    return dataset is not None and not is_indexed(dataset)
 
 
 def compare_runs(subject: Subject) -> Comparison:

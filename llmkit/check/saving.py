@@ -22,9 +22,10 @@ from torch import Tensor
 from . import adapters, embeddings  # noqa: F401  # checks of this family
 from .forward import draw_ids, logits_of
 from .measure import EQUAL, difference, need_alive, noise
-from .runner import Outcome, check, failed, passed, warned
+from .runner import Outcome, check, failed, first_line, passed, warned
 from .stored import Stored
 from .subject import NotApplicable, NotRun, Subject
+from .torture import load_again
 
 # fields of a config that saving and loading may change
 VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "auto_map"}
@@ -52,11 +53,6 @@ class Saved:
     ids: Tensor  # (B, T)
     logits: Tensor  # (B, T, V)
     folder: Path
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip().split("\n")[0][:160]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def save(subject: Subject, model: Any, folder: Path) -> None:
@@ -320,7 +316,7 @@ def template_lost_on_save(subject: Subject) -> Outcome:
         tokenizer.save_pretrained(folder)
         written = sorted(p.name for p in Path(folder).iterdir())
         try:
-            loaded = _load_tokenizer(tokenizer, folder)
+            loaded = load_again(tokenizer, folder)
         except Exception as error:
             raise NotRun(f"the saved tokenizer cannot be loaded: {first_line(error)}") from None
     after = loaded.chat_template
@@ -341,15 +337,6 @@ def template_lost_on_save(subject: Subject) -> Outcome:
         fix = "Prompt the model with the template that it was trained on."
         return warned(f"{measured}, but not the reference's", "the same template", [{"note": note}], fix)
     return passed(measured, "the same bytes")
-
-
-def _load_tokenizer(tokenizer: Any, folder: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception:  # a class of the user's own
-        return type(tokenizer).from_pretrained(folder)
 
 
 def _render(tokenizer: Any, messages: list[dict[str, Any]]) -> str | None:
