@@ -8,7 +8,6 @@ Leaves out everything heavy: a verb's module is imported when the verb runs.
 
 import dataclasses
 import importlib
-import json
 import os
 import select
 import sys
@@ -74,7 +73,7 @@ def preflight(verb: str, settings: Any) -> int:
         _import("check.verb").show(report, config.CheckConfig())
         launch.say_error(f"llmkit: {verb} was not started; mend what failed, or add --skip_checks")
         return 1
-    run.HANDED_OVER[run.CHECK] = json.dumps(report.to_dict(), indent=1, default=str) + "\n"
+    run.HANDED_OVER[run.CHECK] = report.to_json()
     print(f"checks    {report.summary()}", flush=True)
     return 0
 

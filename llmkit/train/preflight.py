@@ -103,7 +103,7 @@ class PretrainTraining:
     def __init__(self, config: PretrainConfig, tokenizer: Any, loader: Loader, shards: dict[str, Rows], fractions: Any):
         self.config, self.tokenizer, self.loader, self.shards = config, tokenizer, loader, shards
         self.fractions = fractions
-        self.settings = dataclasses.asdict(config) | {"packing": True}
+        self.settings = dataclasses.asdict(config)
 
     def _rows(self, count: int) -> dict[str, Tensor]:
         """The first rows of training, in the order of training."""
@@ -116,7 +116,7 @@ class PretrainTraining:
         for index in range(len(batch["input_ids"])):
             ids, labels = batch["input_ids"][index].tolist(), batch["shift_labels"][index].tolist()
             ids, labels = [*ids, labels[-1]], [IGNORE, *labels]
-            while labels[-1] == IGNORE:  # padding, or the BOS of a document that goes on elsewhere
+            while len(labels) > 1 and labels[-1] == IGNORE:  # padding, or a BOS whose document goes on elsewhere
                 ids.pop(), labels.pop()
             rows.append(LabelledRow(index, ids, labels))
         return rows
@@ -185,7 +185,8 @@ class PretrainTraining:
         checkpoint = None
         if resume_from is not None:
             checkpoint = find_checkpoint(place, str(resume_from), lambda line: None)
-            model = load_weights(model, checkpoint) if checkpoint else model
+            assert checkpoint is not None, "a named checkpoint is found, or raises"
+            model = load_weights(model, checkpoint)
         accelerator = start_accelerator("single", device, config)
         same = identity(config, model, self.tokenizer, loader, self.fractions)
         run = Run.start(place, "pretrain", config, {})
