@@ -140,6 +140,9 @@ def main(config: DataConfig) -> Any:
     from . import executor
 
     check_settings(config)
+    if config.engine != "local":  # a node may start its tasks anywhere
+        places = {key: str(Path(getattr(config, key)).absolute()) for key in ("output_dir", "data_dir")}
+        config = dataclasses.replace(config, **places)
     output = Path(config.output_dir)
     if run_status(output) == "ok":
         raise UserError(

@@ -402,21 +402,40 @@ def test_a_wrong_executor_option_is_one_line(tmp_path):
         prepare.main(config)
 
 
-def test_slurm_jobs_are_submitted_in_a_chain(tmp_path, monkeypatch):
-    """A stand-in for sbatch writes down what it is called with."""
-    (tmp_path / "bin").mkdir()
-    script = tmp_path / "bin/sbatch"
-    script.write_text(
-        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\necho Submitted batch job $(wc -l < {tmp_path}/calls)\n'
-    )
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+@pytest.mark.medium
+def test_slurm_jobs_run_in_a_chain_and_make_the_same_store(tmp_path, monkeypatch):
+    """A stand-in for Slurm: sbatch runs every task of the array at once, in the order of submission."""
+    texts = [sentence(i) for i in range(40)]
     kwargs = {"partition": "cpu", "time": "1:00:00"}
-    prepare.main(corpus(tmp_path, [sentence(i) for i in range(9)], engine="slurm", engine_kwargs=kwargs))
-    calls = (tmp_path / "calls").read_text().splitlines()
-    jobs = [call for call in calls if "RUN_OFFSET" in call]
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{Path(sys.executable).parent}", prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bin").mkdir()
+    commands = {
+        "sbatch": f"""#!{sys.executable}
+import os, re, subprocess, sys
+with open({str(tmp_path / "calls")!r}, "a") as calls:
+    print(*sys.argv[1:-1], file=calls)
+script = open(sys.argv[-1]).read()
+last = int(re.search("--array=0-([0-9]+)", script)[1]) if "--array" in script else 0
+for task in range(last + 1):
+    job = dict(SLURM_ARRAY_TASK_ID=str(task), RUN_OFFSET="0", SLURM_NODELIST="a", SLURM_NODEID="0", SLURM_JOB_ID="7")
+    if "launch_pickled_pipeline" in script:
+        subprocess.run(["bash", sys.argv[-1]], env={{**os.environ, **job}}, check=True, stdout=2)
+print("Submitted batch job", sum(1 for _ in open({str(tmp_path / "calls")!r})))
+""",
+        "srun": '#!/bin/sh\nexec launch_pickled_pipeline "$5"\n',
+        "scontrol": "#!/bin/sh\necho localhost\n",
+    }
+    for name, script in commands.items():
+        (tmp_path / "bin" / name).write_text(script)
+        (tmp_path / "bin" / name).chmod(0o755)
+    config = corpus(tmp_path, texts, engine="slurm", engine_kwargs=kwargs)
+    prepare.main(DataConfig(**vars(config) | {"output_dir": "corpus", "data_dir": "."}))
+    jobs = [call for call in (tmp_path / "calls").read_text().splitlines() if "RUN_OFFSET" in call]
     assert len(jobs) == 5 and "--dependency" not in jobs[0]
     assert all("--dependency=afterok:" in call for call in jobs[1:])
+    assert stored(tmp_path / "corpus") == texts
 
 
 def test_ray_pipelines_are_listed(tmp_path, capsys):
