@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..config import UserError
 from ..run import Result, write_json
-from . import clean
+from . import clean, stages
 from .encode import NAME, merge_stores
 from .sources import describe
 from .stages import (
@@ -37,7 +37,7 @@ TRAINING_BYTES = 100_000_000  # of text that a BPE is trained on
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 ZIPF_POINTS = 200
 COMMONEST = 20
-OUTPUT = ("tokenizer", "duplicates.jsonl", "contaminated.jsonl")  # moved out of the work folder, with the stores
+LISTS = ("duplicates.jsonl", "contaminated.jsonl")
 
 
 def tokenizer(work: str, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
@@ -55,23 +55,23 @@ def tokenizer(work: str, data: Any = None, rank: int = 0, world_size: int = 1) -
         add_bos(made)
     shutil.rmtree(folder, ignore_errors=True)
     save_tokenizer(made, folder)
-    write_ids(made, folder)
+    write_ids(made, work)
 
 
-def write_ids(made: Any, folder: Path) -> None:
+def write_ids(made: Any, work: str) -> None:
     """What light workers must know of a tokenizer besides tokenizer.json."""
     from .tokenizer import fingerprint
 
     found = {"eos": made.eos_token_id, "unk": made.unk_token_id, "fingerprint": fingerprint(made), "size": len(made)}
-    write_json(folder / "ids.json", found)
+    write_json(Path(work, "ids.json"), found)
 
 
 def finish(work: str, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-    """Joins the parts, moves stores, tokenizer and lists to the corpus folder, and writes report and result."""
+    """Joins the parts, puts stores, tokenizer and lists into the corpus folder, and writes report and result."""
     plan = Plan.load(work)
     output = Path(plan.output)
     figures = report(work, plan)
-    ids = json.loads(Path(work, "tokenizer", "ids.json").read_text(encoding="utf-8"))
+    ids = json.loads(Path(work, "ids.json").read_text(encoding="utf-8"))
     for name in plan.store_names:
         parts = sorted(path for path in Path(work, "parts", name).glob("*") if path.is_dir())
         store = Path(work, "stores", name)
@@ -85,10 +85,10 @@ def finish(work: str, data: Any = None, rank: int = 0, world_size: int = 1) -> N
     for name in plan.store_names:
         shutil.rmtree(output / name, ignore_errors=True)
         os.rename(Path(work, "stores", name), output / name)
-    for name in OUTPUT:
+    shutil.copytree(Path(work, "tokenizer"), output / "tokenizer", dirs_exist_ok=True)
+    for name in LISTS:
         if Path(work, name).exists():
-            shutil.rmtree(output / name, ignore_errors=True)
-            shutil.move(Path(work, name), output / name)
+            shutil.copy(Path(work, name), output / name)
     write_json(output / "report.json", figures)
     _write_result(output, figures)
 
@@ -168,6 +168,7 @@ def report(work: str, plan: Plan) -> dict[str, Any]:
         "reasons": _reasons(notes, sources),
         "boilerplate": later[-1].get("boilerplate", []) if later else [],
         "scripts": _scripts(work, plan),
+        "seconds": stages.seconds(work),
         "lines": [[line, count] for line, count in lines.most_common(COMMONEST) if count > 1],
         "stores": {},
     }
@@ -266,9 +267,8 @@ def _write_result(output: Path, figures: dict[str, Any]) -> None:
         for name, store in figures["stores"].items()
     }
     metrics = {f"{r['fate']}: {r['reason']}": r["count"] for r in figures["reasons"]}
-    started = json.loads((output / "manifest.json").read_text(encoding="utf-8")).get("started_s", time.time())
+    started = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["started_s"]
     tokens = sum(store["tokens"] for store in figures["stores"].values())
-    wall = time.time() - started
-    cpu = time.process_time()
-    result = Result("data", "ok", "", None, wall, cpu, tokens, shards, metrics)
+    cpu = sum(spent["cpu_s"] for spent in figures["seconds"].values())
+    result = Result("data", "ok", "", None, time.time() - started, cpu, tokens, shards, metrics)
     write_json(output / "result.json", dataclasses.asdict(result))

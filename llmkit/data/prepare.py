@@ -107,7 +107,7 @@ def make_stages(plan: Plan, work: Path) -> list[Stage]:
     from datatrove.pipeline.dedup.minhash import MinhashDedupBuckets
 
     def step(function: Callable, tasks: int = 1) -> Stage:
-        return Stage(function.__name__, [partial(function, str(work))], tasks)
+        return Stage(function.__name__, [partial(stages.timed, function, str(work))], tasks)
 
     found = [step(stages.read, len(plan.tasks))]
     if plan.config.near_dedup:
@@ -141,7 +141,7 @@ def main(config: DataConfig) -> Any:
 
     check_settings(config)
     if config.engine != "local":  # a node may start its tasks anywhere
-        places = {key: str(Path(getattr(config, key)).absolute()) for key in ("output_dir", "data_dir")}
+        places: dict[str, Any] = {k: str(Path(getattr(config, k)).absolute()) for k in ("output_dir", "data_dir")}
         config = dataclasses.replace(config, **places)
     output = Path(config.output_dir)
     if run_status(output) == "ok":
@@ -163,7 +163,7 @@ def main(config: DataConfig) -> Any:
         console.print(f"goes on   with what an earlier run left in {work}")
     if tokenizer is not None and not (work / "tokenizer").exists():
         tokenizer.save_pretrained(work / "tokenizer")
-        finish.write_ids(tokenizer, work / "tokenizer")
+        finish.write_ids(tokenizer, str(work))
     try:
         plan.save(work)
         steps = make_stages(plan, work)

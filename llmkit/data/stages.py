@@ -17,6 +17,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -132,6 +133,25 @@ class Texts:
         with Path(self.work, "docs", f"{rank:05d}.jsonl").open("rb") as file:
             file.seek(int(self._index[rank][number]))
             return orjson.loads(file.readline())
+
+
+def timed(step: Callable, work: str, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+    """Runs a step and leaves how long it took."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    step(work, data, rank, world_size)
+    spent = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+    Path(work, "times").mkdir(exist_ok=True)
+    write_json(Path(work, "times", f"{step.__name__}-{rank:05d}.json"), spent)
+
+
+def seconds(work: str) -> dict[str, dict[str, float]]:
+    """step -> wall and CPU seconds of all its tasks together; the step that asks is not among them."""
+    found: dict[str, dict[str, float]] = {}
+    for path in sorted(Path(work, "times").glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
+        spent = found.setdefault(path.stem.rsplit("-", 1)[0], {"wall_s": 0.0, "cpu_s": 0.0})
+        for key, value in json.loads(path.read_text(encoding="utf-8")).items():
+            spent[key] += value
+    return found
 
 
 # 1. read and clean
@@ -400,9 +420,8 @@ def tokenise(work: str, data: Any = None, rank: int = 0, world_size: int = 1) ->
 
     plan = Plan.load(work)
     task = plan.tasks[rank]
-    folder = Path(work, "tokenizer")
-    ids = json.loads((folder / "ids.json").read_text(encoding="utf-8"))
-    core = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = json.loads(Path(work, "ids.json").read_text(encoding="utf-8"))
+    core = Tokenizer.from_file(str(Path(work, "tokenizer", "tokenizer.json")))
     is_train = task.source < plan.num_train
     fates = final_fates(work, plan, rank) if is_train else None
     notes = clean.Notes()
