@@ -94,7 +94,7 @@ def _groups(shares: list[Share]) -> Iterator[list[Share]]:
     """Small files together, so that a task has about SHARE_BYTES to read."""
     held: list[Share] = []
     for share in shares:
-        if held and sum(s.size for s in held) + share.size > SHARE_BYTES:
+        if held and (not share.size or sum(s.size for s in held) + share.size > SHARE_BYTES):
             yield held
             held = []
         held.append(share)
@@ -152,32 +152,26 @@ def main(config: DataConfig) -> Any:
     plan = make_plan(config)
     key = work_key(config)
     work = output / "work" / key
+    if config.dry_run:
+        was_there = output.exists()
+        executor.submit(make_stages(plan, work), work / "logs", config, console)
+        if not was_there:
+            shutil.rmtree(output, ignore_errors=True)  # datatrove makes folders for its logs
+        return None
     for other in (output / "work").glob("*") if (output / "work").is_dir() else ():
         if other.name != key:
             console.print(f"removed   {other}: an unfinished run of another recipe or text")
             shutil.rmtree(other)
-    goes_on = work.is_dir()
-    run = Run.start(output, "data", config, {"started_s": time.time(), "text": key})
-    work.mkdir(parents=True, exist_ok=True)
-    if goes_on:
+    if work.is_dir():
         console.print(f"goes on   with what an earlier run left in {work}")
-    if tokenizer is not None and not (work / "tokenizer").exists():
-        tokenizer.save_pretrained(work / "tokenizer")
-        finish.write_ids(tokenizer, str(work))
+    run = Run.start(output, "data", config, {"started_s": time.time(), "text": key})
     try:
+        work.mkdir(parents=True, exist_ok=True)
+        if tokenizer is not None and not (work / "tokenizer").exists():
+            tokenizer.save_pretrained(work / "tokenizer")
+            finish.write_ids(tokenizer, str(work))
         plan.save(work)
-        steps = make_stages(plan, work)
-        if config.engine != "local":
-            executor.submit(steps, work / "logs", config, console)
-            return None
-        size = sum(share.size for task in plan.tasks for share in task.shares)
-        num_workers = config.num_workers or (1 if size < SMALL_BYTES else os.cpu_count() or 1)
-        executor.run_local(steps, work / "logs", num_workers, console)
-        figures = json.loads((output / "report.json").read_text(encoding="utf-8"))
-        show(figures, output, console)
-        if not config.keep_work:
-            shutil.rmtree(output / "work")
-        return figures
+        return _run(plan, work, console)
     except OSError as error:
         if not is_disk_full(error):
             raise
@@ -187,8 +181,26 @@ def main(config: DataConfig) -> Any:
         ) from None
     finally:
         run.unlock()
-        if config.dry_run:
-            shutil.rmtree(output)
+
+
+def _run(plan: Plan, work: Path, console: Console) -> dict[str, Any] | None:
+    """All steps here, or as jobs of a cluster; the figures of the report, where there are some yet."""
+    from . import executor
+
+    config, output = plan.config, Path(plan.output)
+    if config.engine != "local":
+        executor.submit(make_stages(plan, work), work / "logs", config, console)
+        return None
+    size = sum(share.size for task in plan.tasks for share in task.shares)
+    num_workers = config.num_workers or (1 if 0 < size < SMALL_BYTES else os.cpu_count() or 1)
+    much = f"{size / 1e6:,.1f} MB to read, " if size else ""
+    console.print(f"plan      {much}{len(plan.tasks)} tasks, at most {num_workers} at a time")
+    executor.run_local(make_stages(plan, work), work / "logs", num_workers, console)
+    figures = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    show(figures, output, console)
+    if not config.keep_work:
+        shutil.rmtree(output / "work")
+    return figures
 
 
 def _named_tokenizer(config: DataConfig) -> Any:

@@ -30,7 +30,7 @@ from .sources import Source, bound, describe, find_builder, find_files, hub_rows
 
 EVERY = "\x1e"  # as a column: all texts of a row, joined by this sign
 SHARE_BYTES = 16 << 20
-TOYWORLD_SHARE = 20_000  # documents
+TOYWORLD_SHARE, TOYWORLD_BYTES = 20_000, 280  # documents; of one, about
 HUB_SHARE = 10_000  # rows
 PROBLEMS = {
     "bad-utf8": "bytes that are not UTF-8; convert the file, e.g. `iconv -f latin1 -t utf-8`",
@@ -101,13 +101,14 @@ def plan_shares(source: Source, data_dir: Path, share_bytes: int = SHARE_BYTES) 
     if source.path.startswith("builtin/"):
         _, _, first, last = toyworld_range(source)
         steps = range(first, last, TOYWORLD_SHARE)
-        return [Share(None, k, min(k + TOYWORLD_SHARE, last), size=SHARE_BYTES) for k in steps], last - first
+        spans = [(k, min(k + TOYWORLD_SHARE, last)) for k in steps]
+        return [Share(None, a, b, size=(b - a) * TOYWORLD_BYTES) for a, b in spans], last - first
     if find_builder(source) is None:
         found = hub_rows(source)
         if source.streaming:
-            return [Share(None, k, found.num_shards, size=SHARE_BYTES) for k in range(found.num_shards)], 0
+            return [Share(None, k, found.num_shards) for k in range(found.num_shards)], 0
         starts = range(0, len(found), HUB_SHARE)
-        return [Share(None, k, min(k + HUB_SHARE, len(found)), size=SHARE_BYTES) for k in starts], len(found)
+        return [Share(None, k, min(k + HUB_SHARE, len(found))) for k in starts], len(found)
     if parse_split(source.split, source.path)[0] != "train":
         raise UserError(
             f"{describe(source)}: split={source.split!r}; local files have only `train`; slice it, e.g. train[90%:]"
