@@ -103,6 +103,7 @@ class Reader:
         settings = settings or {}
         self.limit = settings.get("max_length")
         self.is_packed = bool(settings.get("packing", "packing_strategy" in settings))  # our recipes always pack
+        self.is_stream = self.is_packed and settings.get("packing_strategy") in ("contiguous", "wrapped")
         eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
         self.eos_id, self.pad_id = eos, pad if pad is not None else eos
         self.special, self.num_ids = special_ids(tokenizer), len(tokenizer)

@@ -157,7 +157,7 @@ def _notes(s: Sequence, reader: Reader) -> Iterator[str]:
     where = f"{s.name}: " if s.name else ""
     if MASKED in s.states and TRAINED not in s.states:
         yield where + NO_TOKEN
-    if reader.limit and s.name != KL and _is_cut(s, reader.limit):
+    if reader.limit and s.name != KL and not reader.is_stream and _is_cut(s, reader.limit):
         yield where + CUT
     if s.odd_labels:
         yield where + "labels are other tokens than those of the row"

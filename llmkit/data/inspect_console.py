@@ -26,7 +26,7 @@ def print_inspection(i: Inspection, console: Console) -> None:
     line(console, Text(f"llmkit inspect: {printable(i.target)}", style="bold"))
     for name, value in facts(i):
         hang(console, margin(name, "dim"), Text(value))
-    if sum(i.totals["histogram"]["counts"]) and i.totals["tokens"]:
+    if i.totals["shortest"] < i.totals["longest"]:
         hang(console, margin(""), Text(histogram(i)))
     for note, number in i.totals["notes"].items():
         head = margin("look", "bold yellow")
@@ -57,7 +57,7 @@ def histogram(i: Inspection) -> str:
     bins = i.totals["histogram"]
     most = max(bins["counts"])
     bars = "".join(BARS[-(-n * (len(BARS) - 1) // most)] for n in bins["counts"])
-    return f"{bins['low']:,} {bars} {bins['high']:,} tokens" if len(bars) > 1 else f"all {bins['low']:,} tokens"
+    return f"{bins['low']:,} {bars} {bins['high']:,} tokens"
 
 
 def row_title(row: Row) -> str:

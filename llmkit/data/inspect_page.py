@@ -85,7 +85,7 @@ def _text(value: str) -> str:
 def _histogram(i: Inspection) -> str:
     bins = i.totals["histogram"]
     counts = bins["counts"]
-    if len(counts) < 2 or not i.totals["tokens"]:
+    if i.totals["shortest"] == i.totals["longest"]:
         return ""
     width = (bins["high"] - bins["low"]) / len(counts)
     bars = "".join(

@@ -196,6 +196,11 @@ def test_a_row_that_ends_in_a_stop_token_is_not_called_cut(letters):
     assert found.totals["notes"] == {}  # as ChatML ends: <|im_end|> and a newline
 
 
+def test_rows_cut_from_a_stream_are_not_called_cut(letters):
+    settings = {"max_length": 5, "packing_strategy": "contiguous"}
+    assert describe([labelled([7, 8, 9, 10, 11], [7, 8, 9, 10, 11])], letters, settings=settings).totals["notes"] == {}
+
+
 def test_a_row_seen_before_is_counted_whatever_its_padding(letters):
     batches = [labelled([7, 4], [7, 4]), labelled([7, 4, 2], [7, 4, -100], [1, 1, 0]), labelled([8, 4], [8, 4])]
     found = describe(batches, letters)
