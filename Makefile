@@ -7,7 +7,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_DISABLE_TELEMETRY := 1
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: help setup setup-all check-toy check-report data-toy data-medium pretrain-toy generate-toy export-toy pretrain-shakespeare-char clean-toy lint format test test-fast test-all
+.PHONY: help setup setup-all check-toy inspect-toy check-report data-toy data-medium pretrain-toy generate-toy export-toy pretrain-shakespeare-char clean-toy lint format test test-fast test-all
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -49,6 +49,9 @@ $(VENV)/all: $(VENV)/core
 
 check-toy: $(VENV)/core  ## every check of the toy recipe: data, tokenizer, model, loss, resume
 	$(BIN)/llmkit check recipes/toy/pretrain.yaml
+
+inspect-toy: $(VENV)/core  ## rows of the toy recipe as the model will see them: what is trained, what is masked
+	$(BIN)/llmkit inspect recipes/toy/pretrain.yaml
 
 check-report: $(VENV)/all  ## planted bugs x checks x result; README's table comes from it
 	$(OFFLINE) $(BIN)/python tests/planted/report.py --write

@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, type, str]] = {
         config.DataConfig,
         "make token stores of text: clean, deduplicate, decontaminate, tokenise",
     ),
+    "inspect": ("data.inspect_verb", config.InspectConfig, "show what the model will really see, token by token"),
     "pretrain": ("train.pretrain", config.PretrainConfig, "train a causal LM from scratch, or go on training one"),
     "generate": ("deploy.generate", config.GenerateConfig, "continue a prompt, streaming"),
     "export": ("deploy.export", config.ExportConfig, "write a plain Qwen3 or Llama folder that needs no llmkit"),
@@ -80,24 +81,44 @@ def preflight(verb: str, settings: Any) -> int:
 
 def check(words: list[str]) -> int:
     """`llmkit check` of a folder, of a recipe, or of the trainer that a command after `--` builds."""
+    settings, stage, command = _settings_and_stage("check", words)
+    subject: Any = None
+    if stage is not None:
+        settings = dataclasses.replace(settings, check_ignore=stage.check_ignore)
+        subject = _import(PREFLIGHT["pretrain"]).get_subject(stage, settings.tier)
+    return _import("check.verb").main(settings, subject, command)
+
+
+def inspect(words: list[str]) -> int:
+    """`llmkit inspect` of a recipe, of the trainer that a command after `--` builds, or of a data set."""
+    settings, stage, command = _settings_and_stage("inspect", words)
+
+    def get_subject() -> Any:
+        subject = _import(PREFLIGHT["pretrain"]).get_subject(stage, 1, is_data_only=True)
+        subject.target = str(config.parse_args(words)[0])
+        return subject
+
+    return _import("data.inspect_verb").main(settings, get_subject if stage is not None else None, command)
+
+
+def _settings_and_stage(verb: str, words: list[str]) -> tuple[Any, config.PretrainConfig | None, list[str] | None]:
+    """The verb's own settings; those of the recipe that it looks at, if one is given; the command after `--`."""
     command = None
     if "--" in words:
         words, command = words[: words.index("--")], words[words.index("--") + 1 :]
     recipe, raw = config.parse_args(words)
-    own, theirs = _keys(config.CheckConfig), _keys(config.PretrainConfig)
-    subject: Any = None
+    cls = VERBS[verb][1]
+    own, theirs = _keys(cls), _keys(config.PretrainConfig)
     if recipe is None or set(config.read_recipe(recipe)) <= own:
-        settings = config.load(config.CheckConfig, words, "check")
-    else:  # what a training verb would run; keys that both know are the recipe's
-        flags = {key: f"--{key}={value}" for key, value in raw.items()}
-        for_recipe = [flag for key, flag in flags.items() if key.split(".")[0] in theirs or key not in own]
-        stage = config.load(config.PretrainConfig, [str(recipe), *for_recipe], "pretrain")
-        settings = config.load(config.CheckConfig, [f for f in flags.values() if f not in for_recipe], "check")
-        settings = dataclasses.replace(settings, check_ignore=stage.check_ignore)
-        if command is not None:
-            raise config.UserError(f"{recipe} and a command after `--`; give one of them")
-        subject = _import(PREFLIGHT["pretrain"]).get_subject(stage, settings.tier)
-    return _import("check.verb").main(settings, subject, command)
+        return config.load(cls, words, verb), None, command
+    # what a training verb would run; keys that both know are the recipe's
+    flags = {key: f"--{key}={value}" for key, value in raw.items()}
+    for_recipe = [flag for key, flag in flags.items() if key.split(".")[0] in theirs or key not in own]
+    stage = config.load(config.PretrainConfig, [str(recipe), *for_recipe], "pretrain")
+    settings: Any = config.load(cls, [f for f in flags.values() if f not in for_recipe], verb)
+    if command is not None:
+        raise config.UserError(f"{recipe} and a command after `--`; give one of them")
+    return settings, stage, command
 
 
 def _keys(cls: type) -> set[str]:
@@ -124,7 +145,8 @@ def dispatch(argv: list[str]) -> int:
         print(help_for(verb))
         return 0
     try:
-        return check(rest) if verb == "check" else run_verb(verb, rest)
+        looking = {"check": check, "inspect": inspect}  # verbs that look at what another verb would run
+        return looking[verb](rest) if verb in looking else run_verb(verb, rest)
     except ImportError as error:
         if error.name and error.name.startswith("llmkit"):
             raise

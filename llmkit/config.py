@@ -239,6 +239,25 @@ class CheckConfig:
     redact: bool = option(False, "token ids instead of text in every output")
 
 
+@dataclasses.dataclass(frozen=True)
+class InspectConfig:
+    """Show what the model will really see: rows as the trainer's own loader makes them, token by token, trained or not.
+
+    llmkit inspect recipe.yaml [--key value ...]                        what a recipe would train on
+    llmkit inspect [flags] -- python sft.py ...                         what the trainer of your own command would
+    llmkit inspect --tokenizer_name DIR --dataset rows.jsonl [flags]    rows as TRL's SFT makes them
+    """
+
+    num_rows: int = option(5, "rows to show; the totals count 1,000 rows or a million tokens")
+    step: int = option(0, "optimiser step to begin at")
+    tokenizer_name: str | None = option(None, "with dataset: tokenizer or model folder, or Hub id")
+    dataset: str | None = option(None, "rows: .jsonl, .json, .txt, .parquet, .csv or a Hub id, in TRL's columns")
+    max_length: int | None = option(None, "with dataset: tokens a row is cut to")
+    json: str | None = option(None, "write the rows and totals there")
+    html: str | None = option(None, "write a page for people there")
+    redact: bool = option(False, "token ids instead of text in every output")
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads 1e-3 as a number and refuses a key given twice."""
 

@@ -50,7 +50,7 @@ def test_an_unknown_verb_is_one_line_and_exit_2(argv, capsys):
     assert cli.main(argv) == 2
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1
-    assert err.startswith(f"llmkit: unknown verb {argv[-1]!r}; allowed: check, data, pretrain, ")
+    assert err.startswith(f"llmkit: unknown verb {argv[-1]!r}; allowed: check, data, inspect, pretrain, ")
 
 
 def fake_verb(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:

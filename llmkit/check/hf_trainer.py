@@ -12,6 +12,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,13 @@ class HFTraining:
         else:
             collate = trainer._get_collator_with_removed_columns(collate, description="training")
         return collate([dataset[i] for i in indices])
+
+    def batches_from(self, step: int) -> Iterator[Any]:
+        """What `train()` is fed from an optimiser step on, up to the end of the epoch, in its order."""
+        self._need_one_process()
+        with self.unchanged():
+            first = step * self.trainer.args.gradient_accumulation_steps
+            yield from itertools.islice(iter(self.trainer.get_train_dataloader()), first, None)
 
     @property
     def has_own_loader(self) -> bool:

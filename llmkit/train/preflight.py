@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import json
 import random
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,12 +48,15 @@ from .optim import build_optimizer, lr_factor, planned_rates
 from .pretrain import _isolate, fit
 
 
-def get_subject(config: PretrainConfig, tier: int) -> Subject:
-    """Tokenizer and config for tier 0, data and model from tier 1. Raises UserError as `pretrain` itself would."""
+def get_subject(config: PretrainConfig, tier: int, is_data_only: bool = False) -> Subject:
+    """Tokenizer and config for tier 0, data and model from tier 1. Raises UserError as `pretrain` itself would.
+
+    `is_data_only`: what a run would read, without a model, and output_dir may hold a run already.
+    """
     check_config(config)
     check_engine(engine_kind(), config)
     quiet_libraries()
-    if not config.resume_from_checkpoint:
+    if not config.resume_from_checkpoint and not is_data_only:
         check_output_dir(Path(config.output_dir))
     sources = parse_sources(config.datasets, "datasets")
     eval_sources = parse_sources(config.eval_datasets, "eval_datasets")
@@ -76,9 +80,11 @@ def get_subject(config: PretrainConfig, tier: int) -> Subject:
         return subject
     random.seed(config.seed)
     torch.manual_seed(config.seed)
-    subject.model = get_model(config, tokenizer)
-    subject.config = subject.model.config
-    train_rows, shards = get_rows(config, sources, eval_sources, tokenizer, Console(quiet=True))
+    if not is_data_only:
+        subject.model = get_model(config, tokenizer)
+        subject.config = subject.model.config
+    console = Console(stderr=True, quiet=not (is_data_only and sys.stderr.isatty()))
+    train_rows, shards = get_rows(config, sources, eval_sources, tokenizer, console)
     rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     rows_per_step *= config.num_processes or 1
     fractions: Any = [source.fraction for source in sources] if sources[0].fraction else None
@@ -110,6 +116,14 @@ class PretrainTraining:
         steps = range(-(-count // self.loader.rows_per_step))
         batches = [self.loader.batch(step) for step in steps]
         return {key: torch.cat([batch[key] for batch in batches])[:count] for key in batches[0]}
+
+    def batches_from(self, step: int) -> Iterator[dict[str, Tensor]]:
+        """Global batches from an optimiser step on, as many as an epoch has; position_ids where the model gets them."""
+        if not 0 <= step < self.num_steps():
+            raise UserError(f"step={step}; allowed: 0 to {self.num_steps() - 1}, the steps of this recipe")
+        kept = {"input_ids", "shift_labels", *(["position_ids"] if _isolate(self.config) else [])}
+        for at in range(step, step + -(-self.loader.num_rows // self.loader.rows_per_step)):
+            yield {key: value for key, value in self.loader.batch(at).items() if key in kept}
 
     def labelled_rows(self, count: int) -> list[LabelledRow]:
         rows, batch = [], self._rows(count)
