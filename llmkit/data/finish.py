@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import UserError
+from ..report.corpus import page
 from ..run import Result, write_json
 from . import clean, stages
 from .encode import NAME, merge_stores
@@ -90,6 +91,7 @@ def finish(work: str, data: Any = None, rank: int = 0, world_size: int = 1) -> N
         if Path(work, name).exists():
             shutil.copy(Path(work, name), output / name)
     write_json(output / "report.json", figures)
+    (output / "report.html").write_text(page(figures), encoding="utf-8", errors="backslashreplace")
     _write_result(output, figures)
 
 

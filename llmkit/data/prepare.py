@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from ..config import DataConfig, UserError
+from ..report.corpus import print_summary
 from ..run import Run, is_disk_full, run_status
 from . import clean, dedup, finish, stages
 from .read import EVERY, SHARE_BYTES, Share, plan_shares
@@ -197,7 +198,8 @@ def _run(plan: Plan, work: Path, console: Console) -> dict[str, Any] | None:
     console.print(f"plan      {much}{len(plan.tasks)} tasks, at most {num_workers} at a time")
     executor.run_local(make_stages(plan, work), work / "logs", num_workers, console)
     figures = json.loads((output / "report.json").read_text(encoding="utf-8"))
-    show(figures, output, console)
+    print_summary(figures, console)
+    console.print(f"report    {output / 'report.html'}", soft_wrap=True, highlight=False)
     if not config.keep_work:
         shutil.rmtree(output / "work")
     return figures
@@ -215,21 +217,3 @@ def _named_tokenizer(config: DataConfig) -> Any:
             f"tokenizer_name={config.tokenizer_name!r}: is written in Python; convert it to a tokenizer.json"
         )
     return found
-
-
-def show(figures: dict[str, Any], output: Path, console: Console) -> None:
-    """What came in, what happened, what came out, and what to write into a training recipe."""
-    for step in figures["flow"]:
-        size = f"{step['bytes'] / 1e6:10.1f} MB" if step["bytes"] is not None else ""
-        console.print(f"{step['step']:<26} {step['documents']:>10,} documents {size}", highlight=False)
-    for r in figures["reasons"]:
-        console.print(f"  {r['fate']:<8} {r['reason']:<34} {r['count']:>8,}  {r['share']:.2%}", highlight=False)
-    for name, store in figures["stores"].items():
-        packed = store.get("packing")
-        rows = f", {packed['rows']:,} rows, {packed['utilisation']:.2%} full" if packed else ""
-        console.print(
-            f"{name:<26} {store['documents']:>10,} documents {store['tokens']:>12,} tokens, "
-            f"{store['bytes_per_token']:.2f} bytes each{rows}",
-            highlight=False,
-        )
-    console.print(f"report    {output / 'report.html'}", highlight=False)
