@@ -27,6 +27,7 @@ TODO = {
     "not-cuttable": "documents of more than 256 KB without a place to cut them; part them at the source",
 }
 MANY_UNUSED, LOW_FILL, MANY_DROPPED = 0.2, 0.95, 0.5  # shares from which a finding is worth a line
+RARE = 0.0001  # share of the characters under which a script is not shown
 WIDTH, HEIGHT, LEFT, BOTTOM = 460, 190, 52, 34  # of a plot, in px
 CSS = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #59616a; --line: #d8dce1; --paper: #fff; --card: #f6f7f9;
@@ -258,7 +259,8 @@ def _sources(sources: list[dict[str, Any]]) -> str:
 def _text(figures: dict[str, Any]) -> str:
     scripts = [
         [name, ("n", f"{share:.2%}"), ("bar", f'<div class="track"><i style="width:{share:.2%}"></i></div>')]
-        for name, share in list(figures["scripts"].items())[:12]
+        for name, share in figures["scripts"].items()
+        if share >= RARE
     ]
     out = "<h2>Characters</h2>" + _table(["script", "share", ""], scripts)
     if figures["lines"]:
@@ -324,7 +326,7 @@ def histogram(edges: list[float], counts: list[int], label: str = "bytes of a do
     for share in (0.5, 1.0):
         y = base - share * (base - 14)
         body += f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH}" y2="{y:.1f}"/>'
-        body += f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_short(round(top * share, 1))}</text>'
+        body += f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_short(round(top * share))}</text>'
     for i in range(first, last + 1):
         a, b = (_log_place(edges[i + k], low, high, LEFT, WIDTH - 12) for k in (0, 1))
         height = counts[i] / top * (base - 14)
