@@ -44,8 +44,9 @@ def run_local(stages: list[Stage], logs: Path, num_workers: int, console: Consol
     """On this machine's cores. Raises UserError when a worker was killed, KeyboardInterrupt on SIGINT and SIGTERM."""
     with _watched(console) as on_stage:
         for number, stage in enumerate(stages, 1):
-            workers = min(num_workers, stage.tasks)
-            os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers == 1 else "false"
+            # a pool even for one task: what a step held in memory goes with its process
+            workers = 1 if num_workers == 1 else max(2, min(num_workers, stage.tasks))
+            os.environ["TOKENIZERS_PARALLELISM"] = "true" if min(num_workers, stage.tasks) == 1 else "false"
             on_stage(f"{number}/{len(stages)} {stage.name}", logs / stage.name / "completions", stage.tasks)
             QuietExecutor(stage.steps, stage.tasks, workers, logging_dir=str(logs / stage.name)).run()
 
