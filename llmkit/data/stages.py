@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -169,24 +169,24 @@ def read(work: str, data: Any = None, rank: int = 0, world_size: int = 1) -> Non
     hashes: list[tuple[int, int]] = []
     starts: list[int] = []
 
-    def written() -> Iterator[Any]:
+    def written(file: IO[bytes]) -> Iterator[Any]:
         from datatrove.data import Document
 
-        with Path(work, "docs", f"{rank:05d}.jsonl").open("wb") as file:
-            for row in documents:
-                starts.append(file.tell())
-                record: dict[str, Any] = {"text": row.text, "where": row.where}
-                if row.log_prob is not None:
-                    record["log_prob"] = row.log_prob
-                file.write(orjson.dumps(record) + b"\n")
-                hashes.append(text_hash(row.text))
-                measures.add(row.text)
-                yield Document(text=row.text, id="")
+        for row in documents:
+            starts.append(file.tell())
+            record: dict[str, Any] = {"text": row.text, "where": row.where}
+            if row.log_prob is not None:
+                record["log_prob"] = row.log_prob
+            file.write(orjson.dumps(record) + b"\n")
+            hashes.append(text_hash(row.text))
+            measures.add(row.text)
+            yield Document(text=row.text, id="")
 
-    if is_train and plan.config.near_dedup:
-        dedup.signature_step(Path(work, "signatures")).run(written(), rank)
-    else:
-        deque(written(), maxlen=0)
+    with Path(work, "docs", f"{rank:05d}.jsonl").open("wb") as file:
+        if is_train and plan.config.near_dedup:
+            dedup.signature_step(Path(work, "signatures")).run(written(file), rank)
+        else:
+            deque(written(file), maxlen=0)
     measures.flush()
     _save(np.array(hashes, np.uint64).reshape(-1, 2), work, "hashes", f"{rank:05d}")
     _save(np.array(starts, np.uint64), work, "docs", f"{rank:05d}")
