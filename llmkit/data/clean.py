@@ -205,9 +205,9 @@ class Measures:
 
     def flush(self) -> None:
         text = "".join(self._held)
-        points = np.frombuffer(text.encode("utf-32-le"), "<u4")
-        counts = np.bincount(points)
-        self.code_points[: len(counts)] += counts
+        for start in range(0, len(text), self.BATCH):
+            counts = np.bincount(np.frombuffer(text[start : start + self.BATCH].encode("utf-32-le"), "<u4"))
+            self.code_points[: len(counts)] += counts
         self.lines.update(line for text in self._held for line in set(map(str.strip, text.split("\n"))) if line)
         if len(self.lines) > self.LINES:  # the rare half goes: counts of what stays may be a little low
             self.lines = Counter(dict(self.lines.most_common(self.LINES // 2)))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .words import ngrams, normalise, word_hashes, words
+from .words import ngrams, normalise, pieces, word_hashes, words
 
 BUCKETS, HASHES = 50, 6
 CHUNK = 8192  # word pairs hashed at a time: 20 MB
@@ -80,7 +80,7 @@ def candidates(folder: Path) -> NDArray[np.int64]:
 
 def bags(text: str) -> tuple[Counter[str], Counter[str]]:
     """The words of a text, and what stands between its blanks, each as often as it occurs."""
-    return Counter(words(text)), Counter(normalise(text).split())
+    return Counter(words(text)), Counter(word for part in pieces(text) for word in normalise(part).split())
 
 
 def similarity(a: tuple[Counter[str], ...], b: tuple[Counter[str], ...]) -> float:

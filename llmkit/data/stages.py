@@ -32,9 +32,10 @@ from ..config import DataConfig, UserError
 from ..run import write_json
 from . import clean, dedup
 from .decontaminate import Index, judge
+from .encode import MAX_BYTES, StoreWriter
 from .read import EVERY, PROBLEMS, Row, Share, plan_shares, read_share
 from .sources import Source
-from .words import RUN, text_hash, word_hashes, words
+from .words import RUN, ngrams, pieces, text_hash, word_hashes, words
 
 FATES = ("kept", "exact-duplicate", "near-duplicate", "held-out", "contaminated")
 KEPT, EXACT, NEAR, HELD_OUT, CONTAMINATED = range(len(FATES))
@@ -384,10 +385,8 @@ def contamination(work: str, data: Any = None, rank: int = 0, world_size: int = 
 
 def _run_text(text: str, runs: NDArray[np.uint64]) -> str:
     """The first 13 words of a text that are one of the runs."""
-    from .words import ngrams
-
     at = np.flatnonzero(np.isin(ngrams(word_hashes(text), RUN), runs))
-    return " ".join(words(text)[at[0] : at[0] + RUN]) if len(at) else ""
+    return " ".join(itertools.islice(words(text), int(at[0]), int(at[0]) + RUN)) if len(at) else ""
 
 
 # 4. tokens
@@ -398,11 +397,13 @@ def final_fates(work: str, plan: Plan, rank: int) -> NDArray[np.uint8]:
 
 
 def training_texts(work: str, plan: Plan, num_bytes: int) -> Iterator[str]:
-    """Kept training documents, of all tasks in turn, until `num_bytes` are reached."""
+    """Kept training documents, of all tasks in turn, long ones in parts, until `num_bytes` are reached."""
 
     def kept(rank: int) -> Iterator[str]:
         fates = final_fates(work, plan, rank)
-        yield from (d["text"] for d, fate in zip(_documents(work, rank), fates, strict=True) if fate == KEPT)
+        for document, fate in zip(_documents(work, rank), fates, strict=True):
+            if fate == KEPT:
+                yield from pieces(document["text"], MAX_BYTES)
 
     for texts in itertools.zip_longest(*map(kept, plan.train_tasks)):
         for text in filter(None, texts):
@@ -415,8 +416,6 @@ def training_texts(work: str, plan: Plan, num_bytes: int) -> Iterator[str]:
 def tokenise(work: str, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
     """The documents of a task as tokens, one part for each store that they go to."""
     from tokenizers import Tokenizer
-
-    from .encode import StoreWriter
 
     plan = Plan.load(work)
     task = plan.tasks[rank]

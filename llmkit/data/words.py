@@ -8,6 +8,7 @@ and digits; scripts without blanks between words count every character. Light: t
 
 import re
 import unicodedata
+from collections.abc import Iterator
 
 import numpy as np
 import xxhash
@@ -39,23 +40,41 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
+def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
+    """The text in parts of about `size` characters, each but the first beginning at a blank or a line end.
+
+    A list of the words of a long text takes fifty times its memory; one of a part does not matter.
+    """
+    start = 0
+    while len(text) - start > size:
+        stop = start + size
+        cut = max(text.rfind(" ", start + 1, stop), text.rfind("\n", start + 1, stop))
+        if cut < 0:
+            cut = min((at for at in (text.find(" ", stop), text.find("\n", stop)) if at >= 0), default=len(text))
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
 def text_hash(text: str) -> tuple[int, int]:
     """128 bits of the normalised text, as two numbers."""
-    value = xxhash.xxh3_128_intdigest(normalise(text).encode("utf-8", "surrogatepass"))
+    digest = xxhash.xxh3_128()
+    for number, part in enumerate(filter(None, map(normalise, pieces(text)))):
+        digest.update(b" " * (number > 0) + part.encode("utf-8", "surrogatepass"))
+    value = digest.intdigest()
     return value >> 64, value & (1 << 64) - 1
 
 
-def words(text: str) -> list[str]:
-    text = normalise(text)
-    return (ASCII_WORD if text.isascii() else WORD).findall(text)
+def words(text: str) -> Iterator[str]:
+    for part in map(normalise, pieces(text)):
+        yield from (ASCII_WORD if part.isascii() else WORD).findall(part)
 
 
 def word_hashes(text: str) -> NDArray[np.uint64]:
     """One hash for each word of the normalised text, in order: (num_words,)."""
     if len(_cache) > CACHED_WORDS:
         _cache.clear()
-    found = words(text)
-    return np.fromiter(map(_cache.__getitem__, found), np.uint64, len(found))
+    return np.fromiter(map(_cache.__getitem__, words(text)), np.uint64)
 
 
 def ngrams(hashes: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:

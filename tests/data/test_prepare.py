@@ -297,7 +297,7 @@ def test_a_full_disk_leaves_no_store_and_the_run_goes_on_later(tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("llmkit.data.encode.StoreWriter.write", full)
+        patch.setattr("llmkit.data.stages.StoreWriter.write", full)
         with pytest.raises(UserError, match="the disk is full"):
             prepare.main(config)
     assert not list(tmp_path.glob("corpus/*/tokens.ds"))
