@@ -25,19 +25,21 @@ from .cuts import cut_finder
 
 NAME = "tokens.ds"
 MAX_BYTES = 256 * 1024  # of one text: at 2 to 4 bytes per token it takes 25 to 55 MB while it is encoded
-BATCH_BYTES = 1024 * 1024  # of the texts that are encoded together
+BATCH_BYTES = 512 * 1024  # of the texts that are encoded together
 COPY_BYTES = 16 * 1024 * 1024
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def num_utf8_bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+    if text.isascii():
+        return len(text)
+    return sum(len(text[i : i + MAX_BYTES].encode("utf-8", "surrogatepass")) for i in range(0, len(text), MAX_BYTES))
 
 
 class Encoder:
     """Ids of texts alone: no BOS, no EOS, and special-token strings in a text are not control tokens.
 
-    Sets `encode_special_tokens` on `core` and takes away its truncation and padding.
+    Sets `encode_special_tokens` on `core` and takes away its truncation and padding, as transformers does.
     """
 
     def __init__(self, core: Tokenizer, max_bytes: int = MAX_BYTES, where: str = "text"):
@@ -47,27 +49,30 @@ class Encoder:
         self.core, self.max_bytes, self.where = core, max_bytes, where
         self.find_cut = cut_finder(core)
 
-    def pieces(self, text: str) -> list[str] | None:
-        """The text in pieces of at most `max_bytes`; None where it has no place to cut it."""
-        if len(text) * 4 <= self.max_bytes or num_utf8_bytes(text) <= self.max_bytes:
-            return [text]
-        if self.find_cut is None:
-            return None
-        pieces, start = [], 0
-        while start < len(text):
+    def cuts(self, text: str) -> list[int] | None:
+        """Where the pieces of at most `max_bytes` end; None where there is no place for a cut that is needed."""
+        cuts: list[int] = []
+        start = 0
+        while start < len(text) or not cuts:
             high = start + self._num_chars(text[start : start + self.max_bytes])
-            cut = high if high == len(text) else self.find_cut(text, start, high)
+            cut = high if high == len(text) else self.find_cut(text, start, high) if self.find_cut else None
             if cut is None:
                 return None
-            pieces.append(text[start:cut])
+            cuts.append(cut)
             start = cut
-        return pieces
+        return cuts
 
     def _num_chars(self, text: str) -> int:
         """How many characters of `text` fit into `max_bytes`."""
-        if text.isascii():
+        if len(text) * 4 <= self.max_bytes or text.isascii():
             return len(text)
-        return len(text.encode("utf-8", "surrogatepass")[: self.max_bytes].decode("utf-8", "ignore"))
+        encoded = text.encode("utf-8", "surrogatepass")
+        if len(encoded) <= self.max_bytes:
+            return len(text)
+        end = self.max_bytes
+        while encoded[end] & 0xC0 == 0x80:  # inside a character
+            end -= 1
+        return len(encoded[:end].decode("utf-8", "surrogatepass"))
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.uint32] | None]:
         """Ids of each text, or None for one that is too long to encode and has no place to cut it.
@@ -75,36 +80,48 @@ class Encoder:
         Raises UserError for a lone surrogate, which no UTF-8 can hold.
         """
         encoded: list[NDArray[np.uint32] | None] = []
-        for ids, lengths in self.batches(texts):
-            stops = np.cumsum(np.maximum(lengths, 0)).tolist()
-            encoded += [None if n < 0 else ids[b - n : b] for n, b in zip(lengths.tolist(), stops, strict=True)]
+        rest: list[NDArray[np.uint32]] = []  # of a text that goes on in the next batch
+        for ids, ends in self.batches(texts):
+            start = 0
+            for end in ends.tolist():
+                if end < 0:
+                    encoded.append(None)
+                    continue
+                encoded.append(np.concatenate([*rest, ids[start:end]]))
+                rest, start = [], end
+            rest.append(ids[start:])
         return encoded
 
     def batches(self, texts: Iterable[str]) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.int64]]]:
-        """Ids of several texts one after the other, and how many each has; -1 for one that was refused."""
-        batch: list[list[str] | None] = []
+        """Ids of texts one after the other, and where in them texts end; -1 for a text that was refused.
+
+        A batch is at most BATCH_BYTES and a piece, so a long text may go on in the next one.
+        """
+        pieces: list[str] = []
+        ends: list[int] = []  # in pieces
         size = 0
         for text in texts:
-            pieces = self.pieces(text)
-            batch.append(pieces)
-            size += len(text) if pieces else 0
-            if size >= BATCH_BYTES:
-                yield self._encode(batch)
-                batch, size = [], 0
-        if batch:
-            yield self._encode(batch)
+            cuts = self.cuts(text)
+            if cuts is None:
+                ends.append(-1)
+                continue
+            for start, cut in zip([0, *cuts], cuts, strict=False):
+                pieces.append(text[start:cut])
+                if cut == len(text):
+                    ends.append(len(pieces))
+                size += num_utf8_bytes(pieces[-1])
+                if size >= BATCH_BYTES:
+                    yield self._encode(pieces, ends)
+                    pieces, ends, size = [], [], 0
+        if ends:
+            yield self._encode(pieces, ends)
 
-    def _encode(self, batch: list[list[str] | None]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        flat = [piece for pieces in batch for piece in pieces or []]
-        ids, num_ids = array("I"), []
-        for encoding in self._encode_pieces(flat):
-            ids += array("I", encoding.ids)
+    def _encode(self, pieces: list[str], ends: list[int]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        ids, num_ids = array("I"), [0]
+        for encoding in self._encode_pieces(pieces):
+            ids += array("I", encoding.ids)  # 17 ns per token; a list of all first is 30
             num_ids.append(len(ids))
-        stops = np.concatenate([[0], num_ids])
-        num_pieces = np.asarray([-1 if pieces is None else len(pieces) for pieces in batch])
-        last = np.cumsum(np.maximum(num_pieces, 0))
-        lengths = np.where(num_pieces < 0, -1, np.diff(stops[last], prepend=0))
-        return np.frombuffer(ids, np.uint32), lengths.astype(np.int64)
+        return np.frombuffer(ids, np.uint32), np.asarray([num_ids[end] if end >= 0 else -1 for end in ends], np.int64)
 
     def _encode_pieces(self, pieces: list[str]) -> list[Encoding]:
         try:
@@ -114,7 +131,7 @@ class Encoder:
                 if found := SURROGATE.search(piece):
                     around = piece[max(0, found.start() - 20) : found.start() + 20]
                     raise UserError(
-                        f"text has the lone surrogate {found[0]!r} in {around!r}; remove it first"
+                        f"{self.where}: lone surrogate {found[0]!r} in {around!r}; remove it first"
                     ) from None
             raise
 
@@ -144,40 +161,36 @@ class StoreWriter:
     def write(self, texts: Sequence[str], log_probs: Sequence[float | None] | None = None) -> None:
         """Raises UserError for a character that the tokenizer does not know, where `unk_id` is given."""
         first = 0
-        for ids, lengths in self.encoder.batches(texts):
-            some = slice(first, first + len(lengths))
-            self._append(texts[some], ids, lengths, log_probs[some] if log_probs is not None else [None])
-            first += len(lengths)
+        for ids, ends in self.encoder.batches(texts):
+            self._check(ids, ends, texts[first:])
+            last = first + len(ends)
+            self._append(ids, ends[ends >= 0])
+            self._count(ends >= 0, texts[first:last], log_probs[first:last] if log_probs is not None else [None])
+            first = last
 
-    def _append(
-        self,
-        texts: Sequence[str],
-        ids: NDArray[np.uint32],
-        lengths: NDArray[np.int64],
-        log_probs: Sequence[float | None],
-    ) -> None:
-        is_kept = lengths >= 0
-        stops = np.cumsum(lengths[is_kept])
-        self._check(texts, ids, lengths)
-        np.insert(ids, stops, self.eos_id).astype(self.dtype).tofile(self._tokens)
-        (stops + np.arange(1, len(stops) + 1) + self.num_tokens).astype("<u8").tofile(self._ends)
+    def _append(self, ids: NDArray[np.uint32], ends: NDArray[np.int64]) -> None:
+        np.insert(ids, ends, self.eos_id).astype(self.dtype).tofile(self._tokens)
+        (ends + np.arange(1, len(ends) + 1) + self.num_tokens).astype("<u8").tofile(self._ends)
+        self.num_documents += len(ends)
+        self.num_tokens += len(ids) + len(ends)
+
+    def _count(self, is_kept: NDArray[np.bool_], texts: Sequence[str], log_probs: Sequence[float | None]) -> None:
+        for number, (text, kept) in enumerate(zip(texts, is_kept, strict=True), self.num_seen):
+            size = num_utf8_bytes(text)
+            if kept:
+                self.num_bytes += size
+            else:
+                self.refused.append((number, size))
+        self.num_seen += len(texts)
         self.is_log_prob_known = self.is_log_prob_known and None not in log_probs
         if self.is_log_prob_known:
             np.asarray(log_probs, "<f8")[is_kept].tofile(self._log_probs)
-        for i, text in enumerate(texts):
-            size = num_utf8_bytes(text)
-            if is_kept[i]:
-                self.num_bytes += size
-            else:
-                self.refused.append((self.num_seen + i, size))
-        self.num_seen += len(texts)
-        self.num_documents += len(stops)
-        self.num_tokens += len(ids) + len(stops)
 
-    def _check(self, texts: Sequence[str], ids: NDArray[np.uint32], lengths: NDArray[np.int64]) -> None:
-        if self.unk_id is not None and (ids == self.unk_id).any():
-            at = int(np.argmax(ids == self.unk_id))
-            which = int(np.searchsorted(np.cumsum(np.maximum(lengths, 0)), at, side="right"))
+    def _check(self, ids: NDArray[np.uint32], ends: NDArray[np.int64], texts: Sequence[str]) -> None:
+        if self.unk_id is not None and (is_unknown := ids == self.unk_id).any():
+            at = int(np.argmax(is_unknown))
+            after = np.maximum.accumulate(np.maximum(ends, 0))  # a refused text ends where the one before it does
+            which = int(np.searchsorted(after, at, side="right"))
             raise unknown_character(texts[which], self.encoder.core, self.where)
         largest = max(int(ids.max(initial=0)), self.eos_id)
         if largest > np.iinfo(self.dtype).max:
@@ -216,7 +229,7 @@ def unknown_character(text: str, core: Tokenizer, where: str = "text") -> UserEr
 def merge_stores(parts: Sequence[Path], folder: Path) -> dict[str, int]:
     """Joins the parts, in order, into one store in `folder`, and returns the sums of their counts.
 
-    Raises UserError where the parts are of different tokenizers.
+    Raises UserError where the parts are of different tokenizers, or one is cut short.
     """
     headers = {(part / f"{NAME}.metadata").read_text().splitlines()[0] for part in parts}
     if len(headers) != 1:
@@ -226,10 +239,14 @@ def merge_stores(parts: Sequence[Path], folder: Path) -> dict[str, int]:
     counts: dict[str, Any] = {
         key: sum(m[key] for m in manifests) for key in ("num_documents", "num_tokens", "num_bytes")
     }
-    offset = 0
+    width, offset = int(next(iter(headers)).rsplit("|", 1)[-1]), 0
     with (folder / NAME).open("wb") as tokens, (folder / f"{NAME}.index").open("wb") as index:
         for part, manifest in zip(parts, manifests, strict=True):
             _append_file(part / NAME, tokens)
+            if (found := tokens.tell() // width - offset) != manifest["num_tokens"]:
+                raise UserError(
+                    f"{part / NAME}: holds {found} tokens, its manifest says {manifest['num_tokens']}; tokenise it again"
+                )
             (np.fromfile(part / f"{NAME}.index", "<u8") + np.uint64(offset)).tofile(index)
             offset += manifest["num_tokens"]
     filled = [part for part, manifest in zip(parts, manifests, strict=True) if manifest["num_documents"]]
