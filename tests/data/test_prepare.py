@@ -327,7 +327,7 @@ def test_a_finished_corpus_is_never_overwritten(tmp_path):
 def test_a_killed_run_goes_on_and_gives_the_same_stores(tmp_path):
     """SIGKILL at two moments of a run in its own process."""
     texts = [sentence(i) + " " + sentence(i * 31 + 7) for i in range(1500)]
-    config = corpus(tmp_path, texts, near_dedup=True, num_workers=2)
+    config = corpus(tmp_path, texts, near_dedup=True)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({k: v for k, v in vars(config).items() if v != getattr(DataConfig(), k)}))
     command = [sys.executable, "-m", "llmkit", "data", str(path)]
