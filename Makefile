@@ -7,7 +7,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_DISABLE_TELEMETRY := 1
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: help setup setup-all tokenizer-toy check-toy check-report pretrain-toy generate-toy export-toy pretrain-shakespeare-char clean-toy lint format test test-fast test-all
+.PHONY: help setup setup-all tokenizer-toy check-toy inspect-toy check-report data-toy data-medium pretrain-toy generate-toy export-toy pretrain-shakespeare-char clean-toy lint format test test-fast test-all
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -36,6 +36,10 @@ $(VENV)/core: $(VENV)/torch pyproject.toml constraints.txt
 	@$(PIP) --editable '.[core]'
 	@touch $@
 
+$(VENV)/data: $(VENV)/core
+	@$(PIP) --editable '.[core,data]'
+	@touch $@
+
 $(VENV)/all: $(VENV)/core
 	@echo "setup: everything, into $(VENV) (a few minutes)"
 	@$(PIP) setuptools wheel ninja
@@ -46,11 +50,20 @@ $(VENV)/all: $(VENV)/core
 check-toy: $(VENV)/core  ## every check of the toy recipe: data, tokenizer, model, loss, resume
 	$(BIN)/llmkit check recipes/toy/pretrain.yaml
 
+inspect-toy: $(VENV)/core  ## rows of the toy recipe as the model will see them: what is trained, what is masked
+	$(BIN)/llmkit inspect recipes/toy/pretrain.yaml
+
 check-report: $(VENV)/all  ## planted bugs x checks x result; README's table comes from it
 	$(OFFLINE) $(BIN)/python tests/planted/report.py --write
 
 tokenizer-toy: $(VENV)/core  ## train a tokenizer on the toy world, check it, and see how it uses its ids
 	$(BIN)/llmkit tokenizer train recipes/toy/tokenizer.yaml
+
+data-toy: $(VENV)/data  ## the toy world as token stores, with a report of everything that happened to it
+	$(BIN)/llmkit data recipes/toy/data.yaml
+
+data-medium: $(VENV)/data  ## a few hundred megabytes of Python: clean, deduplicate, tokenise
+	$(BIN)/llmkit data recipes/medium/data_local.yaml --data_dir "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
 
 pretrain-toy: $(VENV)/core  ## train a GPT on the toy world: minutes on two CPU cores, known true entropy
 	$(BIN)/llmkit pretrain recipes/toy/pretrain.yaml

@@ -8,7 +8,6 @@ Leaves out everything heavy: a verb's module is imported when the verb runs.
 
 import dataclasses
 import importlib
-import json
 import os
 import select
 import sys
@@ -19,8 +18,14 @@ from . import __version__, config, launch, run
 # verb -> (module, config class, what it does)
 VERBS: dict[str, tuple[str, type, str]] = {
     "check": ("check.verb", config.CheckConfig, "find the silent bugs of a model, tokenizer, data set or trainer"),
+    "data": (
+        "data.prepare",
+        config.DataConfig,
+        "make token stores of text: clean, deduplicate, decontaminate, tokenise",
+    ),
     "tokenizer train": ("data.tokenizer_train", config.TokenizerTrainConfig, "train a BPE or char-level tokenizer"),
     "tokenizer check": ("data.tokenizer_check", config.TokenizerCheckConfig, "check any tokenizer, also on your text"),
+    "inspect": ("data.inspect_verb", config.InspectConfig, "show what the model will really see, token by token"),
     "pretrain": ("train.pretrain", config.PretrainConfig, "train a causal LM from scratch, or go on training one"),
     "generate": ("deploy.generate", config.GenerateConfig, "continue a prompt, streaming"),
     "export": ("deploy.export", config.ExportConfig, "write a plain Qwen3 or Llama folder that needs no llmkit"),
@@ -84,31 +89,51 @@ def preflight(verb: str, settings: Any) -> int:
         _import("check.verb").show(report, config.CheckConfig())
         launch.say_error(f"llmkit: {verb} was not started; mend what failed, or add --skip_checks")
         return 1
-    run.HANDED_OVER[run.CHECK] = json.dumps(report.to_dict(), indent=1, default=str) + "\n"
+    run.HANDED_OVER[run.CHECK] = report.to_json()
     print(f"checks    {report.summary()}", flush=True)
     return 0
 
 
 def check(words: list[str]) -> int:
     """`llmkit check` of a folder, of a recipe, or of the trainer that a command after `--` builds."""
+    settings, stage, command = _settings_and_stage("check", words)
+    subject: Any = None
+    if stage is not None:
+        settings = dataclasses.replace(settings, check_ignore=stage.check_ignore)
+        subject = _import(PREFLIGHT["pretrain"]).get_subject(stage, settings.tier)
+    return _import("check.verb").main(settings, subject, command)
+
+
+def inspect(words: list[str]) -> int:
+    """`llmkit inspect` of a recipe, of the trainer that a command after `--` builds, or of a data set."""
+    settings, stage, command = _settings_and_stage("inspect", words)
+
+    def get_subject() -> Any:
+        subject = _import(PREFLIGHT["pretrain"]).get_subject(stage, 1, is_data_only=True)
+        subject.target = str(config.parse_args(words)[0])
+        return subject
+
+    return _import("data.inspect_verb").main(settings, get_subject if stage is not None else None, command)
+
+
+def _settings_and_stage(verb: str, words: list[str]) -> tuple[Any, config.PretrainConfig | None, list[str] | None]:
+    """The verb's own settings; those of the recipe that it looks at, if one is given; the command after `--`."""
     command = None
     if "--" in words:
         words, command = words[: words.index("--")], words[words.index("--") + 1 :]
     recipe, raw = config.parse_args(words)
-    own, theirs = _keys(config.CheckConfig), _keys(config.PretrainConfig)
-    subject: Any = None
+    cls = VERBS[verb][1]
+    own, theirs = _keys(cls), _keys(config.PretrainConfig)
     if recipe is None or set(config.read_recipe(recipe)) <= own:
-        settings = config.load(config.CheckConfig, words, "check")
-    else:  # what a training verb would run; keys that both know are the recipe's
-        flags = {key: f"--{key}={value}" for key, value in raw.items()}
-        for_recipe = [flag for key, flag in flags.items() if key.split(".")[0] in theirs or key not in own]
-        stage = config.load(config.PretrainConfig, [str(recipe), *for_recipe], "pretrain")
-        settings = config.load(config.CheckConfig, [f for f in flags.values() if f not in for_recipe], "check")
-        settings = dataclasses.replace(settings, check_ignore=stage.check_ignore)
-        if command is not None:
-            raise config.UserError(f"{recipe} and a command after `--`; give one of them")
-        subject = _import(PREFLIGHT["pretrain"]).get_subject(stage, settings.tier)
-    return _import("check.verb").main(settings, subject, command)
+        return config.load(cls, words, verb), None, command
+    # what a training verb would run; keys that both know are the recipe's
+    flags = {key: f"--{key}={value}" for key, value in raw.items()}
+    for_recipe = [flag for key, flag in flags.items() if key.split(".")[0] in theirs or key not in own]
+    stage = config.load(config.PretrainConfig, [str(recipe), *for_recipe], "pretrain")
+    settings: Any = config.load(cls, [f for f in flags.values() if f not in for_recipe], verb)
+    if command is not None:
+        raise config.UserError(f"{recipe} and a command after `--`; give one of them")
+    return settings, stage, command
 
 
 def _keys(cls: type) -> set[str]:
@@ -135,7 +160,8 @@ def dispatch(argv: list[str]) -> int:
         return 0
     verb, rest = _verb(argv)
     try:
-        return check(rest) if verb == "check" else run_verb(verb, rest)
+        looking = {"check": check, "inspect": inspect}  # verbs that look at what another verb would run
+        return looking[verb](rest) if verb in looking else run_verb(verb, rest)
     except ImportError as error:
         if error.name and error.name.startswith("llmkit"):
             raise

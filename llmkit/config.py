@@ -145,6 +145,44 @@ class PretrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Make token stores of text: read, clean, deduplicate, split, decontaminate, tokenise, report."""
+
+    output_dir: str = required("corpus folder: a token store per shard, tokenizer/, report.html; must not hold another")
+    # text
+    datasets: list = option([], "training text: list of {path, name, split, data_files, columns, sample_by, fraction}")
+    eval_datasets: list = option([], "validation shards: the same, each with a shard name `shard`")
+    benchmark_datasets: list = option([], "what must not be trained on, e.g. {path: json, data_files: gsm8k.jsonl}")
+    data_dir: str = option(".", "folder that relative data_files start from")
+    max_bad_rows: int = option(0, "rows that cannot be read or hold no text: so many are counted and left out")
+    max_doc_bytes: int = option(64 << 20, "longest document in bytes; a longer one is a bad row")
+    # cleaning; what is not asked for is only reported
+    fix_encoding: bool = option(False, "mend mojibake and lone surrogates as ftfy suggests, and count it")
+    filters: list = option(
+        [], "gopher_quality, gopher_repetition, c4_quality, fineweb_quality; or NAME: {option: value}"
+    )
+    exact_dedup: bool = option(True, "of documents with the same normalised text keep the first")
+    near_dedup: bool = option(True, "of documents with nearly the same words keep the first (MinHash, then measured)")
+    near_dedup_threshold: float = option(0.8, "Jaccard index of the words from which documents are near duplicates")
+    test_split_size: float = option(0.0, "share of the documents held out as the shard `validation`")
+    decontaminate: bool = option(True, "no training document holds a validation or benchmark text, or 13 words of it")
+    # tokens
+    tokenizer_name: str | None = option(None, "folder or Hub id; null: train one on the training text")
+    tokenizer_type: Literal["bpe", "char"] = option("bpe", "what to train: byte-level BPE, or one id per character")
+    vocab_size: int = option(32768, "ids of the BPE to train, special tokens included")
+    trust_remote_code: bool = option(False, "run the code that comes with tokenizer_name")
+    max_length: int | None = option(None, "also plan the rows of this context and report how full they are")
+    packing_strategy: Literal["bos_bestfit", "contiguous"] = option("bos_bestfit", "how training will pack documents")
+    seed: int = option(0, "decides which documents are held out")
+    # where it runs
+    engine: Literal["local", "slurm", "ray"] = option("local", "this machine's cores, or a cluster through datatrove")
+    num_workers: int | None = option(None, "tasks at a time; null: all cores (a cluster: no limit)")
+    engine_kwargs: dict = option({}, "of datatrove's executor: partition, time, cpus_per_task, venv_path, ...")
+    dry_run: bool = option(False, "slurm and ray: show what would be submitted, and end")
+    keep_work: bool = option(False, "keep the cleaned text and every decision about it in output_dir/work")
+
+
+@dataclasses.dataclass(frozen=True)
 class GenerateConfig:
     """Continue a prompt; the text streams as it is written."""
 
@@ -248,6 +286,25 @@ class TokenizerCheckConfig:
     json: str | None = option(None, "write results and figures there")
     html: str | None = option(None, "write a page for people there")
     plot: str | None = option(None, "write the rank-frequency plot there, a .png")
+    redact: bool = option(False, "token ids instead of text in every output")
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectConfig:
+    """Show what the model will really see: rows as the trainer's own loader makes them, token by token, trained or not.
+
+    llmkit inspect recipe.yaml [--key value ...]                        what a recipe would train on
+    llmkit inspect [flags] -- python sft.py ...                         what the trainer of your own command would
+    llmkit inspect --tokenizer_name DIR --dataset rows.jsonl [flags]    rows as TRL's SFT makes them
+    """
+
+    num_rows: int = option(5, "rows to show; the totals count 1,000 rows or a million tokens")
+    step: int = option(0, "optimiser step to begin at")
+    tokenizer_name: str | None = option(None, "with dataset: tokenizer or model folder, or Hub id")
+    dataset: str | None = option(None, "rows: .jsonl, .json, .txt, .parquet, .csv or a Hub id, in TRL's columns")
+    max_length: int | None = option(None, "with dataset: tokens a row is cut to")
+    json: str | None = option(None, "write the rows and totals there")
+    html: str | None = option(None, "write a page for people there")
     redact: bool = option(False, "token ids instead of text in every output")
 
 

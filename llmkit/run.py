@@ -123,9 +123,14 @@ def written_beside(folder: Path, exist_ok: bool = False, replace: bool = False) 
 
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all; raises UserError when the disk is full."""
+    write_text(path, json.dumps(value, indent=1, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_json`; half a surrogate pair is written as its number."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)

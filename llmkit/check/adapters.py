@@ -15,8 +15,8 @@ import torch
 
 from ..config import UserError
 from .forward import bare, draw_ids, logits_of
-from .model import difference, need_alive
-from .runner import Outcome, check, failed, passed, warned
+from .measure import difference, need_alive
+from .runner import Outcome, check, failed, first_line, passed, warned
 from .stored import Stored, weight_files
 from .subject import NotApplicable, NotRun, Subject, redraw_
 
@@ -49,7 +49,7 @@ def adapter_lost(subject: Subject) -> Outcome:
     subject.need("model")
     if not hasattr(subject.model, "peft_config"):
         raise NotApplicable("no adapter is trained")
-    from .saving import first_line, save
+    from .saving import save
 
     config = subject.model.peft_config[_active(subject.model)]
     start = getattr(config, "init_lora_weights", None)
@@ -235,9 +235,7 @@ def _fits(key: str, shape: tuple[int, ...], parameters: dict[str, tuple[int, ...
 
 def _incomplete(config: dict[str, Any], modules: dict[str, Any], homes: set[str], keys: set[str]) -> list[str]:
     """Modules that the config names and that have no tensor, or A without B."""
-    alone = [
-        key for key in keys if re.search(r"lora_A\b", key) and re.sub(r"lora_A\b", "lora_B", key) not in keys
-    ]  # fmt: skip
+    alone = [key for key in keys if re.sub(r"lora_A\b", "lora_B", key) not in keys]
 
     def named(words: Any) -> list[str]:
         words = [w for w in words or () if isinstance(words, list)]

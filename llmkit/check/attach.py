@@ -1,11 +1,11 @@
 """Four ways to hand something to the checks: a folder, a recipe, a command, a live trainer.
 
-Owns turning each into a `Subject`, and the verb `llmkit check`.
+Owns turning each into a `Subject`.
 
     subject = from_folder(settings)             # llmkit check --model_name_or_path DIR --dataset rows.jsonl
     subject = from_parts(trainer=trainer)       # llmkit.check.run(trainer)
 
-A recipe becomes a `Subject` in the stage that runs it; a command is `command.py`'s.
+A recipe becomes a `Subject` in the stage that runs it; a command is `command.py`'s. Leaves out the verb (`verb.py`).
 """
 
 import json
@@ -17,6 +17,7 @@ import torch
 
 from ..config import CheckConfig, UserError
 from ..run import resolve_model_dir
+from .forward import bare
 from .hf_trainer import HFTraining, settings_of
 from .report import Report
 from .runner import Selection, run
@@ -240,12 +241,12 @@ def from_parts(
         subject.settings = dict(subject.training.settings)
         dataset = dataset if dataset is not None else getattr(trainer, "train_dataset", None)
         eval_dataset = eval_dataset if eval_dataset is not None else getattr(trainer, "eval_dataset", None)
-        subject.target = target or f"{type(trainer).__name__} of {type(_unwrapped(model)).__name__}"
+        subject.target = target or f"{type(trainer).__name__} of {type(bare(model)).__name__}"
     if args is not None:
         subject.settings |= settings_of(args)
     if model is not None and not isinstance(model, (str, Path)):
         subject.model, subject.config = model, model.config
-        base = _unwrapped(model)
+        base = bare(model)
         subject.make_model = type(base)._from_config if hasattr(type(base), "_from_config") else type(base)
         subject.target = subject.target or type(base).__name__
     if isinstance(tokenizer, (str, Path)):
@@ -258,11 +259,6 @@ def from_parts(
     subject.is_scratch = scratch
     subject.target = subject.target or "parts"
     return subject
-
-
-def _unwrapped(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def run_python(

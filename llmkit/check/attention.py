@@ -27,7 +27,8 @@ from .runner import Outcome, check, failed, passed
 from .subject import NotApplicable, NotRun, Subject
 
 NEW = 8  # tokens generated
-LOCAL = ("sliding_attention", "sliding", "local", "attention", "hybrid_sliding")  # in layer_types and the like
+SLIDING = ("sliding_attention", "sliding")  # in layer_types
+LOCAL = (*SLIDING, "local", "attention", "hybrid_sliding")  # in layer_types and the like
 
 
 def generated(model: Any, prompt: Tensor, mask: Tensor | None = None, count: int = NEW) -> tuple[Tensor, Tensor]:
@@ -230,9 +231,9 @@ def window_not_applied(subject: Subject) -> Outcome:
 def probed_window(subject: Subject) -> Iterator[tuple[Any, int]]:
     """A model whose window is short, and the window. Raises NotApplicable where the config sets none."""
     subject.need("model")
-    config = subject.config.get_text_config() if hasattr(subject.config, "get_text_config") else subject.config
+    config = text_config(subject)
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if not isinstance(window, int) or not window_of(config) or (kinds and not any(k in LOCAL[:2] for k in kinds)):
+    if not isinstance(window, int) or not window_of(config) or (kinds and not any(k in SLIDING for k in kinds)):
         raise NotApplicable("the config sets no sliding window")
     lend = subject.small_model if window <= 64 and subject.is_small else subject.small_window
     with lend() as model, torch.no_grad():

@@ -9,15 +9,18 @@ Leaves out the verdicts (`rows.py`) and the search for contents (`spans.py`).
 """
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from .runner import first_line
 from .spans import ANSWERS, Marks, Part, decode, locate, parse, segments, special_texts, template_marks, token_spans
 from .subject import LabelledRow, NotApplicable, NotRun, Subject
 
 ROWS = 400  # looked at
 SHOWN = 3  # pieces of evidence at most
+MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 # raw rows
@@ -61,12 +64,12 @@ def label_rows_counted(subject: Subject, count: int) -> tuple[list[LabelledRow],
     """Raw rows as TRL's SFT makes them, and (index, error) of those that cannot be rendered or tokenised."""
     rows: list[LabelledRow] = []
     broken: list[tuple[int, str]] = []
-    template = _training_template(subject) if subject.settings.get("assistant_only_loss") else None
+    template = training_template(subject)
     for index, raw in enumerate(subject.rows[:count]):
         try:
             ids, mask = _tokenized(subject, raw, template)
         except Exception as error:
-            broken.append((index, f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"))
+            broken.append((index, first_line(error)))
             continue
         labels = [i if keep else -100 for i, keep in zip(ids, mask, strict=True)]
         length = subject.settings.get("max_length")
@@ -77,9 +80,9 @@ def label_rows_counted(subject: Subject, count: int) -> tuple[list[LabelledRow],
     return rows, broken
 
 
-def _training_template(subject: Subject) -> str | None:
-    """TRL replaces stock templates without generation marks by its own ones with them, and refuses other templates."""
-    if "{% generation %}" in str(subject.tokenizer.chat_template).replace("{%-", "{%").replace("-%}", "%}"):
+def training_template(subject: Subject) -> str | None:
+    """TRL's own template with marks, where it trains with that one instead of a stock template without."""
+    if not subject.settings.get("assistant_only_loss") or MARKS.search(str(subject.tokenizer.chat_template)):
         return None
     try:
         from trl.chat_template_utils import get_training_chat_template
@@ -192,9 +195,7 @@ def audit_of(subject: Subject) -> Audit:
     subject.need("tokenizer")
     if subject.training is None:
         subject.need("rows")
-    if "audit" not in subject._cache:
-        subject._cache["audit"] = _audit(subject)
-    return subject._cache["audit"]
+    return subject.once("audit", lambda: _audit(subject))
 
 
 def _audit(subject: Subject) -> Audit:
@@ -292,7 +293,7 @@ def _round_trip(tokenizer: Any, text: str) -> str:
 
 
 def _anchors(subject: Subject, roles: tuple[str, ...]) -> list[str] | None:
-    known = subject._cache.setdefault("anchors", {})
+    known = subject.memory.setdefault("anchors", {})
     if roles not in known:
         real = ["assistant" if role == "history" else role for role in roles]
         known[roles] = segments(subject.tokenizer, real)

@@ -82,13 +82,13 @@ def double_bos(subject: Subject) -> Outcome:
     for row in rows:
         number, at = leading(row.input_ids, bos, pad), _begins_answer(row, bos)
         if number > 1:
-            shown = row.input_ids[:12]
-            bad.append({"row": row.index, "position": 1, "ids": shown, "text": decode(tokenizer, shown),
-                        "note": f"{number} BOS"})  # fmt: skip
+            position, shown, note = 1, row.input_ids[:12], f"{number} BOS"
         elif at is not None and not repeats:
-            shown = row.input_ids[at - 4 : at + 4]
-            bad.append({"row": row.index, "position": at, "ids": shown, "text": decode(tokenizer, shown),
-                        "note": "the answer begins with another BOS"})  # fmt: skip
+            position, shown, note = at, row.input_ids[at - 4 : at + 4], "the answer begins with another BOS"
+        else:
+            continue
+        text = decode(tokenizer, shown)
+        bad.append({"row": row.index, "position": position, "ids": shown, "text": text, "note": note})
     looked = len(counts) + len(rows)
     if bad:
         return failed(f"{len(bad)} of {looked} texts and rows have a BOS too many", "1", bad[:6])

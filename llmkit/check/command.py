@@ -34,23 +34,43 @@ if _own is not None and _own.loader is not None:
     _own.loader.exec_module(importlib.util.module_from_spec(_own))
 """
 POLL_S = 0.2
+OWN_LOOP = {  # verb -> what to call from Python
+    "check": "llmkit.check.run(model=..., tokenizer=..., dataset=...)",
+    "inspect": "llmkit.data.inspect.describe(batches, tokenizer)",
+}
 
 
 def run_command(
     settings: CheckConfig, command: list[str], on_progress: Callable[[str, int, int], Any] | None = None
 ) -> Report:
     """Raises UserError for a command that cannot be started or never reaches `train()`."""
+    stdout = None if settings.format == "text" else 2  # stderr: our own output is for a program
+    call = "llmkit.check.command:check_found"
+    return Report.from_dict(call_in_command(call, dataclasses.asdict(settings), command, "check", on_progress, stdout))
+
+
+def call_in_command(
+    call: str,
+    settings: dict[str, Any],
+    command: list[str],
+    verb: str,
+    on_progress: Callable[[str, int, int], Any] | None = None,
+    stdout: int | None = None,
+) -> Any:
+    """What `call` ("module:function") writes when the command's trainer is at `train()`; see `check_found`.
+
+    Raises UserError for a command that cannot be started or never gets there, and for an "error" that was written.
+    """
     if not command:
-        raise UserError("no command after `--`; e.g. llmkit check -- python sft.py")
+        raise UserError(f"no command after `--`; e.g. llmkit {verb} -- python sft.py")
     if shutil.which(command[0]) is None:
         raise UserError(f"command {command[0]!r}: not found; write it as you would to train")
     with tempfile.TemporaryDirectory(prefix="llmkit-check-") as folder:
         (Path(folder) / "sitecustomize.py").write_text(SITECUSTOMIZE.format(hook=str(PACKAGE / "check" / "hook.py")))
         out = Path(folder) / "report.json"
-        wanted = {"package": str(PACKAGE), "out": str(out), "settings": dataclasses.asdict(settings)}
+        wanted = {"package": str(PACKAGE), "out": str(out), "call": call, "settings": settings}
         path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
         environment = os.environ | {"PYTHONPATH": path, WANTED: json.dumps(wanted)}
-        stdout = None if settings.format == "text" else 2  # stderr: our own output is for a program
         child = subprocess.Popen(command, env=environment, stdout=stdout)
         try:
             while True:
@@ -65,19 +85,19 @@ def run_command(
             raise
         value = _read(out)
     if value is None:
-        raise UserError(_no_report(command, code))
+        raise UserError(_no_report(command, code, verb))
     if "error" in value:
         raise UserError(value["error"])
-    return Report.from_dict(value)
+    return value
 
 
-def _no_report(command: list[str], code: int) -> str:
+def _no_report(command: list[str], code: int, verb: str) -> str:
     shown = " ".join(command)
     if code:
         return f"`{shown}` ended with exit code {code} before train() of a Trainer was called; mend that first (above)"
     return (
-        f"`{shown}` ended without calling train() of a transformers Trainer, so nothing was checked; "
-        "for a loop of your own: llmkit.check.run(model=..., tokenizer=..., dataset=...)"
+        f"`{shown}` ended without calling train() of a transformers Trainer, so there was nothing to {verb}; "
+        f"for a loop of your own: {OWN_LOOP[verb]}"
     )
 
 
@@ -88,7 +108,7 @@ def _read(path: Path) -> Any:
         return None
 
 
-def _write(path: Path, value: Any) -> None:
+def write_found(path: Path, value: Any) -> None:
     partial = path.with_suffix(path.suffix + ".partial")
     partial.write_text(json.dumps(value, default=str), encoding="utf-8")
     os.replace(partial, path)
@@ -117,9 +137,9 @@ def check_found(wanted: dict[str, Any], given: dict[str, Any], trainer: Any = No
         subject.failure = failure
 
         def on_start(item: Any, number: int, total: int) -> None:
-            _write(out.with_suffix(".progress"), [item.id, number, total])
+            write_found(out.with_suffix(".progress"), [item.id, number, total])
 
         chosen = selection(settings["tier"], settings["only"], settings["skip"], settings["check_ignore"])
-        _write(out, run(subject, chosen, on_start).to_dict())
+        write_found(out, run(subject, chosen, on_start).to_dict())
     except UserError as error:
-        _write(out, {"error": str(error)})
+        write_found(out, {"error": str(error)})

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .audit import closing_ids
+from .runner import first_line
 from .spans import SENTINELS, special_texts, template_marks
 from .subject import NotApplicable, NotRun, Subject
 
@@ -35,10 +36,6 @@ def need_template(subject: Subject) -> Any:
 
 def render(tokenizer: Any, messages: list[dict[str, Any]], generation: bool = False, **options: Any) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **options)
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
 
 
 def messages_of(tokenizer: Any, roles: tuple[str, ...], extra: str = "") -> list[dict[str, Any]]:

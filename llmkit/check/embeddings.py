@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .forward import bare, draw_ids, logits_of, text_config
-from .model import difference, need_alive
+from .measure import difference, need_alive
 from .runner import Outcome, check, failed, passed, warned
 from .subject import NotApplicable, NotRun, Subject
 
@@ -71,9 +71,8 @@ def tied_head_broken(subject: Subject) -> Outcome:
 
 def _ties(subject: Subject) -> bool:
     config = bare(subject.model).config if subject.model is not None else subject.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
     ties = getattr(config, "tie_word_embeddings", None)
-    return bool(getattr(text, "tie_word_embeddings", False) if ties is None else ties)
+    return bool(getattr(text_config(config), "tie_word_embeddings", False) if ties is None else ties)
 
 
 def _copies_for_adapter(model: Any) -> bool:

@@ -37,16 +37,7 @@ def evaluate_all(subject: Subject) -> Evaluations:
     trainer = getattr(subject.training, "trainer", None)
     if trainer is not None and not subject.eval_rows and trainer.eval_dataset is None:
         raise NotApplicable("no evaluation set given")
-    if "evaluations" not in subject.memory:
-        try:
-            subject.memory["evaluations"] = _evaluate_all(subject)
-        except Exception as reason:
-            subject.memory["evaluations"] = reason
-    found = subject.memory["evaluations"]
-    if isinstance(found, Exception):
-        raise found
-    assert isinstance(found, Evaluations)
-    return found
+    return subject.once("evaluations", lambda: _evaluate_all(subject))
 
 
 def _evaluate_all(subject: Subject) -> Evaluations:

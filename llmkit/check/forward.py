@@ -111,11 +111,13 @@ def others(ids: Tensor) -> Tensor:
     return known[(torch.searchsorted(known, ids) + 1) % len(known)]
 
 
-def text_config(model: Any) -> Any:
+def text_config(owner: Any) -> Any:
+    """The language model's part of a config, or of what has one; the whole where there is no such part, or several."""
+    config = getattr(owner, "config", owner)
     try:
-        return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    except ValueError:  # several of them
-        return model.config
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+    except ValueError:  # several
+        return config
 
 
 def window_of(config: Any) -> int:

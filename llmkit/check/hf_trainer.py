@@ -10,7 +10,9 @@ copies what they do: whatever a subclass changed is what runs.
 
 import contextlib
 import copy
+import functools
 import inspect
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .forward import text_config
 from .live import (
     ELEMENTS,
     LOOKED_AT,
     generators_restored,
     gradient_norm,
+    is_indexed,
     optimizer_restored,
     own_objects,
     patch_forward_as,
@@ -56,10 +60,10 @@ def clone(batch: Any) -> Any:
 
 
 class HFTraining:
-    """See `Training`. `raw_rows`: the data set as it was handed to the constructor, where that is known."""
+    """See `Training`."""
 
-    def __init__(self, trainer: Any, raw_rows: list[dict[str, Any]] | None = None):
-        self.trainer, self.raw_rows = trainer, raw_rows
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
         self.settings = settings_of(trainer.args)
 
     # what it trains on
@@ -68,7 +72,7 @@ class HFTraining:
         dataset = self.trainer.train_dataset
         if dataset is None:
             raise NotApplicable("the trainer has no train_dataset")
-        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        if not is_indexed(dataset):
             raise NotRun("the train_dataset is a stream without length: its rows cannot be picked")
         if len(dataset) == 0:
             raise NotRun("the train_dataset holds no row")
@@ -89,16 +93,18 @@ class HFTraining:
             collate = trainer._get_collator_with_removed_columns(collate, description="training")
         return collate([dataset[i] for i in indices])
 
-    def _loader_batches(self) -> Iterator[dict[str, Any]]:
-        yield from self.trainer.get_train_dataloader()
+    def batches_from(self, step: int) -> Iterator[Any]:
+        """What `train()` is fed from an optimiser step on, up to the end of the epoch, in its order."""
+        self._need_one_process()
+        with self.unchanged():
+            first = step * self.trainer.args.gradient_accumulation_steps
+            yield from itertools.islice(iter(self.trainer.get_train_dataloader()), first, None)
 
     @property
     def has_own_loader(self) -> bool:
         """The user wrote `get_train_dataloader`, or the data set is a stream: rows come from the loader only."""
         module = type(self.trainer).get_train_dataloader.__module__
-        dataset = self.trainer.train_dataset
-        is_indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-        return not module.startswith(("transformers.", "trl.")) or not is_indexed
+        return not module.startswith(("transformers.", "trl.")) or not is_indexed(self.trainer.train_dataset)
 
     @property
     def order_lost_by_design(self) -> str | None:
@@ -129,29 +135,30 @@ class HFTraining:
         for index in range(min(count, len(dataset))):
             batch, given = self._collate([index]), dataset[index]
             raw = {k: given[k] for k in RAW_COLUMNS if k in given} if isinstance(given, dict) else {}
-            rows += [row for row in _unpadded(batch, [index], raw or None)]
+            rows += _unpadded(batch, [index], raw or None)
         return rows
 
     def _rows_of_loader(self, count: int) -> list[LabelledRow]:
         rows: list[LabelledRow] = []
-        for batch in self._loader_batches():
+        for batch in self.trainer.get_train_dataloader():
             rows += _unpadded(batch, list(range(len(rows), len(rows) + len(batch["input_ids"]))), None)
             if len(rows) >= count:
                 break
         return rows[:count]
 
+    @functools.cached_property
+    def _lengths(self) -> list[tuple[int, int, int]]:
+        """(tokens, trained ones, index) of the first rows, each collated alone; the shortest first."""
+        lengths = []
+        for i in range(min(len(self._dataset()), LOOKED_AT)):
+            batch = _labelled(self._collate([i]))
+            lengths.append((batch["input_ids"].numel(), int((batch["labels"] != -100).sum()), i))
+        return sorted(lengths)
+
     def _choose(self, count: int, ragged: bool) -> list[int]:
         """Rows of few tokens; ragged: as different in length as possible among these."""
-        dataset = self._dataset()
-        lengths = []
-        for i in range(min(len(dataset), LOOKED_AT)):
-            batch = self._collate([i])
-            if "labels" not in batch or "input_ids" not in batch:
-                raise NotApplicable("the collator makes no input_ids and labels: not a language-modelling trainer")
-            trained = int((batch["labels"] != -100).sum())
-            lengths.append((batch["input_ids"].numel(), trained, i))
-        lengths.sort()
-        vocabulary = getattr(self.trainer.model.config.get_text_config(), "vocab_size", 50_000)
+        lengths = self._lengths
+        vocabulary = self._vocabulary()
         short = [(trained, i) for n, trained, i in lengths if trained and n * vocabulary * 8 <= ELEMENTS] or [
             (trained, i) for n, trained, i in lengths[:count] if trained
         ]
@@ -302,7 +309,7 @@ class HFTraining:
         return trace
 
     def _vocabulary(self) -> int:
-        return int(getattr(self.trainer.model.config.get_text_config(), "vocab_size", 50_000))
+        return int(getattr(text_config(self.trainer.model), "vocab_size", 50_000))
 
     def _use(self, model: nn.Module) -> None:
         """Makes `model` the trainer's, as a fresh process would: inside `unchanged` only."""
@@ -390,11 +397,15 @@ def _follows_metric(scheduler: Any) -> bool:
     return "metrics" in inspect.signature(scheduler.step).parameters
 
 
-def _unpadded(batch: dict[str, Any], indices: list[int], raw: dict[str, Any] | None) -> list[LabelledRow]:
+def _labelled(batch: dict[str, Any]) -> dict[str, Any]:
+    """The same batch. Raises NotApplicable for one of another kind of trainer."""
     if "input_ids" not in batch or "labels" not in batch:
         raise NotApplicable("the collator makes no input_ids and labels: not a language-modelling trainer")
-    rows = []
-    mask = batch.get("attention_mask")
+    return batch
+
+
+def _unpadded(batch: dict[str, Any], indices: list[int], raw: dict[str, Any] | None) -> list[LabelledRow]:
+    rows, mask = [], _labelled(batch).get("attention_mask")
     for index, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
         keep = mask[index].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else torch.ones_like(ids).bool()
         rows.append(LabelledRow(indices[index], ids[keep].tolist(), labels[keep].tolist(), raw))

@@ -4,6 +4,7 @@ Owns the patch of `transformers.Trainer`; started by a `sitecustomize.py` that `
 Imports nothing but the standard library until a trainer is there, since every Python that the command starts runs it.
 """
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-WANTED = "LLMKIT_CHECK"  # environment: JSON of {"package", "out", "settings"}
+WANTED = "LLMKIT_CHECK"  # environment: JSON of {"package", "out", "call", "settings"}
 TRAINER = "transformers.trainer"
 
 
@@ -26,7 +27,7 @@ class Hook(importlib.abc.MetaPathFinder):
 
     def __init__(self, wanted: dict[str, Any]):
         self.wanted = wanted
-        self.made: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+        self.made: dict[int, dict[str, Any]] = {}  # by id: TRL 1.5's KTOTrainer is a dataclass and has no hash
         self.last: tuple[type, dict[str, Any]] | None = None  # of a constructor that has not reached train() yet
         self.is_looking = False
         self.is_checking = False
@@ -67,7 +68,8 @@ class Hook(importlib.abc.MetaPathFinder):
         def new(cls: type, *args: Any, **kwargs: Any) -> Any:
             trainer: Any = object.__new__(cls)
             given = dict(zip(_positional(cls), args, strict=False)) | kwargs
-            hook.made[trainer] = given
+            hook.made[id(trainer)] = given
+            weakref.finalize(trainer, hook.made.pop, id(trainer), None)
             hook.last = (cls, given)
             return trainer
 
@@ -75,7 +77,7 @@ class Hook(importlib.abc.MetaPathFinder):
             if hook.is_checking:
                 return train(trainer, *args, **kwargs)
             hook.is_checking = True
-            hook.report(trainer=trainer, given=hook.made.get(trainer, {}))
+            hook.report(trainer=trainer, given=hook.made.get(id(trainer), {}))
 
         trainer_class.__new__ = staticmethod(new)
         trainer_class.train = checked
@@ -91,13 +93,13 @@ class Hook(importlib.abc.MetaPathFinder):
         sys.excepthook = excepthook
 
     def report(self, **found: Any) -> None:
-        """Checks, leaves the result for the parent, ends the process: nothing of the user's run happens after this."""
+        """Calls what was asked for, which leaves its result for the parent, and ends the process: nothing of the user's
+        run happens after this."""
         code = 0
         if os.environ.get("RANK", "0") == "0":
             try:
-                from llmkit.check.command import check_found
-
-                check_found(self.wanted, **found)
+                module, name = self.wanted["call"].split(":")
+                getattr(importlib.import_module(module), name)(self.wanted, **found)
             except BaseException:
                 traceback.print_exc()
                 code = 1

@@ -17,19 +17,14 @@ from torch import Tensor
 from . import overfit  # noqa: F401  # a check of this family
 from .forward import accepts, bare, draw_ids, logits_of, num_ids, text_config
 from .overfit import backward, batch_of
-from .runner import Outcome, check, failed, passed, warned
-from .saving import first_line
+from .runner import Outcome, check, failed, first_line, passed, warned
 from .subject import NotApplicable, NotRun, Subject, without_dropout
 
 # config fields that scale logits or the stream, on purpose
-MULTIPLIERS: tuple[str, ...] = (
-    "logits_scaling",
-    "logit_scale",
-    "lm_head_multiplier",
-    "embedding_multiplier",
-    "scale_emb",
-)
-MULTIPLIERS += ("dim_model_base", "output_multiplier", "width_multiplier", "mup_base_width", "logits_multiplier")
+MULTIPLIERS = (
+    "logits_scaling", "logit_scale", "lm_head_multiplier", "embedding_multiplier", "scale_emb", "dim_model_base",
+    "output_multiplier", "width_multiplier", "mup_base_width", "logits_multiplier",
+)  # fmt: skip
 
 
 @check("initial-loss", family="learning", tier=2, catalogue="K32")

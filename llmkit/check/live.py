@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .forward import bare
 from .subject import attributes_restored
 
 LOOKED_AT = 256  # rows among which short or ragged ones are chosen
@@ -99,7 +100,7 @@ def patch_forward_as(live: Any, small: Any) -> None:
 
     Whoever lends the small model takes it off again (`restored`).
     """
-    live, small = (m.get_base_model() if hasattr(m, "get_base_model") else m for m in (live, small))
+    live, small = bare(live), bare(small)
     function = getattr(vars(live).get("forward"), "__func__", None)
     if live is small or not isinstance(function, FunctionType) or "forward" in vars(small):
         return
@@ -116,11 +117,16 @@ def patch_forward_as(live: Any, small: Any) -> None:
     small.forward = MethodType(copied, small)
 
 
+def is_indexed(dataset: Any) -> bool:
+    """Rows can be picked: not a stream, and not None."""
+    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+
+
 def some_rows(dataset: Any, num_rows: int | None, vocabulary: int) -> Any:
     """The first `num_rows` rows that are short enough for logits of eight of them; of a stream, its first rows."""
     if num_rows is None:
         return dataset
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+    if not is_indexed(dataset):
         return list(itertools.islice(iter(dataset), num_rows))
     if num_rows >= len(dataset):
         return dataset

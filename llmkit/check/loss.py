@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .audit import stop_ids
-from .probe import Probe, fit_to_trainer, own_backward, ragged_batch, run_probe, takes_num_items, without_cache
+from .forward import text_config
+from .probe import Probe, need_same_forward, own_backward, ragged_batch, run_probe, takes_num_items, without_cache
 from .rows import padding_of
 from .runner import Outcome, check, failed, passed, warned
 from .spans import decode, template_marks
@@ -25,22 +26,12 @@ SHOWN = 3
 
 
 def _num_rows(subject: Subject) -> int:
-    config = getattr(subject.config, "get_text_config", lambda: subject.config)()
-    many = subject.training is not None and getattr(config, "vocab_size", 0) > MANY_IDS
+    many = subject.training is not None and getattr(text_config(subject), "vocab_size", 0) > MANY_IDS
     return NUM_ROWS_OF_MANY_IDS if many else NUM_ROWS
 
 
 def _probe(subject: Subject) -> Probe:
-    """Made once per subject; so is the reason why it cannot be made."""
-    if "probe" not in subject._cache:
-        try:
-            subject._cache["probe"] = _make_probe(subject)
-        except (NotRun, NotApplicable) as reason:
-            subject._cache["probe"] = reason
-    found = subject._cache["probe"]
-    if isinstance(found, Exception):
-        raise found
-    return found
+    return subject.once("probe", lambda: _make_probe(subject))
 
 
 def _make_probe(subject: Subject) -> Probe:
@@ -48,7 +39,7 @@ def _make_probe(subject: Subject) -> Probe:
     training = subject.training
     batch = training.batches(1, _num_rows(subject), ragged=True)[0] if training is not None else None
     with subject.small_model(keep_vocabulary=batch is not None) as model:
-        fit_to_trainer(subject, model)
+        need_same_forward(subject, model)
         without_cache(model)
         if batch is None:
             return run_probe(model, own_backward, ragged_batch(model, LENGTHS))
@@ -94,15 +85,14 @@ def _row_index(subject: Subject, probe: Probe, row: int) -> int:
 
 
 def _alone(subject: Subject) -> dict[tuple[int, ...], LabelledRow]:
+    """The first training rows by their ids, so that a row of a batch is known again."""
     if subject.training is None:
         return {}
-    return {tuple(row.input_ids): row for row in subject.training.labelled_rows(256)}
+    return subject.once("alone", lambda: {tuple(row.input_ids): row for row in subject.training.labelled_rows(256)})
 
 
 def _padding(subject: Subject, probe: Probe) -> list[list[int]]:
-    if "padding" not in subject._cache:
-        subject._cache["padding"] = padding_of(probe.batch, _alone(subject))
-    return subject._cache["padding"]
+    return subject.once("padding", lambda: padding_of(probe.batch, _alone(subject)))
 
 
 def _is_padding(subject: Subject, probe: Probe) -> Tensor:
@@ -343,7 +333,7 @@ def accumulation_changes_gradient(subject: Subject) -> Outcome:
     if given and _has_left_padding(given[0][0]):  # positions may depend on it, which is not this check's matter
         given = [_sliced(given[0][0], size) for _, size in splits]
     with subject.small_model(keep_vocabulary=training is not None) as model:
-        fit_to_trainer(subject, model)
+        need_same_forward(subject, model)
         without_cache(model)
         _without_balancing_loss(model, training)
         if training is None:
@@ -380,13 +370,9 @@ def accumulation_changes_gradient(subject: Subject) -> Outcome:
     )
     cause = "the loss is divided by their number twice" if ratios[1] < 0.3 else cause
     evidence = [{"note": f"tokens trained in the {number} micro-batches: {counts}; {cause}"}]
-    if settings_steps(subject) == 1:
+    if subject.settings.get("gradient_accumulation_steps") == 1:
         return warned(f"{measured}; gradient_accumulation_steps is 1 now", limit, evidence)
     return failed(measured, limit, evidence)
-
-
-def settings_steps(subject: Subject) -> int | None:
-    return subject.settings.get("gradient_accumulation_steps")
 
 
 def _has_left_padding(batch: dict[str, Any]) -> bool:

@@ -33,7 +33,6 @@ from .measure import CAUSAL, EQUAL, LEAST, difference, floor, need_alive, noise,
 from .runner import Outcome, check, failed, passed, warned
 from .subject import NotApplicable, NotRun, Subject
 
-__all__ = ["CAUSAL", "EQUAL", "difference", "need_alive", "noise"]
 ALIGNED = 128  # tokens of padding that architectures which pool blocks of a row do not see
 FAR = 160  # tokens of the one long row
 
@@ -193,7 +192,7 @@ def _moved_in_generate(model: Any, ids: Tensor, scale: Tensor, limit: float) -> 
         whole = torch.cat([blank, ids[:1]], 1)
         mask = torch.cat([0 * blank, torch.ones_like(ids[:1])], 1)
         try:
-            first, second = (generated(model, *given)[0] for given in ((ids[:1], None), (whole, mask)))
+            first, second = (attention.generated(model, *given)[0] for given in ((ids[:1], None), (whole, mask)))
         except Exception:  # a model that cannot generate has no batched prompts to spoil
             return None
         moved = share(first[:, 0], second[:, 0], scale, model)
@@ -201,9 +200,6 @@ def _moved_in_generate(model: Any, ids: Tensor, scale: Tensor, limit: float) -> 
             moved = max(moved, share(first[:, 1], second[:, 1], scale, model))
         best = moved if best is None else min(best, moved)
     return best
-
-
-generated = attention.generated
 
 
 @check("forward-not-repeatable", family="model", tier=2, catalogue="K20")

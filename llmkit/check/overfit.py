@@ -30,23 +30,23 @@ BUDGET_S = 30.0  # no further try is begun after this
 
 
 @dataclass
-class Result:
-    losses: list[float] = field(default_factory=list)
-    hits: float | None = None  # of the next tokens that can be known; None where the labels are no next tokens
-    said: "Said | None" = None
-
-    @property
-    def last(self) -> float:
-        return self.losses[-1] if self.losses and math.isfinite(self.losses[-1]) else math.inf
-
-
-@dataclass
 class Said:
     """What `generate` did with a prompt."""
 
     is_right: bool = True
     note: str = ""
     evidence: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    losses: list[float] = field(default_factory=list)
+    hits: float | None = None  # of the next tokens that can be known; None where the labels are no next tokens
+    said: Said | None = None
+
+    @property
+    def last(self) -> float:
+        return self.losses[-1] if self.losses and math.isfinite(self.losses[-1]) else math.inf
 
 
 @check("does-not-overfit", family="learning", tier=2, catalogue="K33")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .forward import bare, text_config
 from .runner import Outcome, check, failed, passed, warned
 from .subject import NotApplicable, NotRun, Subject
 
@@ -18,24 +19,15 @@ DEFAULT_LENGTH = 1024  # TRL's max_length where nobody sets one
 HALVES = {torch.bfloat16: 7, torch.float16: 10}  # bits of the mantissa
 
 
-def text_config(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def unwrapped(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 @contextlib.contextmanager
 def some_model(subject: Subject) -> Iterator[Any]:
     """The live model of whatever size, to be looked at only; else one built from the configuration, made small."""
     subject.need("model")
     if subject.model is not None:
-        yield unwrapped(subject.model)
+        yield bare(subject.model)
         return
     with subject.small_model(draw=False) as model:
-        yield unwrapped(model)
+        yield bare(model)
 
 
 @check("length-beyond-positions", family="settings", tier=0, catalogue="K7")
@@ -51,7 +43,7 @@ def length_beyond_positions(subject: Subject) -> Outcome:
     Sources: unsloth#7028, Soup#793.
     """
     subject.need("config", "settings")
-    config = text_config(subject.config)
+    config = text_config(subject)
     if "max_length" not in subject.settings:
         raise NotApplicable("no max_length among the settings")
     positions = getattr(config, "max_position_embeddings", None)
@@ -128,7 +120,7 @@ def rope_setting_ignored(subject: Subject) -> Outcome:
     subject.need("model")
     found, checked = [], 0
     with some_model(subject) as model:
-        config = text_config(model.config)
+        config = text_config(model)
         modules = list(rotary_modules(model))
         if not modules:
             raise NotApplicable("no module holds rotary frequencies")

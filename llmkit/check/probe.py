@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .forward import bare, num_ids, text_config
 from .subject import NotRun, Subject, without_dropout
 
 SHIFTS = (0, 1, 2)
@@ -79,7 +80,7 @@ class Tap:
 
 def taps(model: nn.Module) -> list[Tap]:
     """The outermost first: a fused head never calls lm_head, and some models call their decoder past their backbone."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = bare(model)
     found: list[Any] = [getattr(base, "base_model", None)]
     with contextlib.suppress(Exception):
         found.append(base.get_decoder())
@@ -160,7 +161,7 @@ def _gradients(model: nn.Module, tap: Tap, hidden: Tensor, batch: dict[str, Any]
 
 def without_cache(model: Any) -> None:
     """As a Trainer runs it. Undone by `small_model`."""
-    for config in (model.config, model.config.get_text_config()):
+    for config in (model.config, text_config(model)):
         config.use_cache = False
 
 
@@ -184,10 +185,9 @@ def expected_positions(batch: dict[str, Any]) -> Tensor:
 
 def ragged_batch(model: nn.Module, lengths: tuple[int, ...]) -> dict[str, Tensor]:
     """Random ids padded on the right; padding and the first third of every row have label -100."""
-    size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
-    ids = torch.randint(size, (len(lengths), max(lengths)), generator=generator)
+    ids = torch.randint(num_ids(model), (len(lengths), max(lengths)), generator=generator)
     mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
     is_prompt = torch.arange(max(lengths))[None] < torch.tensor([n // 3 for n in lengths])[:, None]
     labels = ids.masked_fill(~mask | is_prompt, -100)
@@ -211,7 +211,7 @@ def own_backward(model: nn.Module, micro_batches: list[dict[str, Any]]) -> float
 
 def takes_num_items(model: nn.Module) -> bool:
     """As transformers' Trainer decides it."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = bare(model)
     declared = getattr(base, "accepts_loss_kwargs", None)
     if declared is not None:
         return bool(declared)
@@ -221,20 +221,15 @@ def takes_num_items(model: nn.Module) -> bool:
 # a shrunk model for a trainer's loss
 
 
-def fit_to_trainer(subject: Subject, model: Any) -> None:
-    """Gives a shrunk copy what the trainer's constructor gave the live model: TRL's fused head."""
+def need_same_forward(subject: Subject, model: Any) -> None:
+    """Raises NotRun where a shrunk copy would not run what the live model does.
+
+    Of a forward that was written on the live model only TRL's fused head is trusted to `live.patch_forward_as`.
+    """
     trainer = getattr(subject.training, "trainer", None)
-    if trainer is None or model is subject.model:
+    forward = None if trainer is None else vars(bare(trainer.model)).get("forward")
+    if forward is None or model is subject.model:
         return
-    live = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
-    forward = vars(live).get("forward")
-    if forward is None:
-        return
-    function = getattr(forward, "__func__", forward)
-    source = getattr(function, "__code__", None)
+    source = getattr(getattr(forward, "__func__", forward), "__code__", None)
     if source is None or source.co_name != "_fused_forward":
         raise NotRun("the live model's forward was replaced, which its shrunk copy lacks")
-    from trl.trainer.utils import add_fused_lm_head
-
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))

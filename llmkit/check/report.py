@@ -1,6 +1,6 @@
 """What the checks found: for a console, a notebook, a file, a script.
 
-Owns the result format (DESIGN, section 3) and the exit code.   report.print(); report.exit_code; report.raise_on_fail()
+Owns the result format (DESIGN, section 3) and the exit code.   print(report); report.exit_code; report.raise_on_fail()
 
 Leaves out how results come about.
 """
@@ -127,10 +127,9 @@ class Report:
         )
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, default=str) + "\n"
+        """As any UTF-8 file can hold it: half a surrogate pair is \\ud83d, as JSON has it."""
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, default=str) + "\n"
+        return text.encode(errors="backslashreplace").decode()
 
     def write_json(self, path: Path) -> None:
-        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, default=str) + "\n"
-        path.write_text(
-            text, encoding="utf-8", errors="backslashreplace"
-        )  # half a surrogate pair: \ud83d, as JSON has it
+        path.write_text(self.to_json(), encoding="utf-8")

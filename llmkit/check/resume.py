@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .live import is_indexed
 from .runner import Outcome, check, failed, passed, warned
 from .subject import DROPOUTS, NotApplicable, NotRun, Subject, Trace, redraw_
 
@@ -60,7 +61,7 @@ def short_run_settings(subject: Subject) -> dict[str, Any]:
 
 def is_stream(subject: Subject) -> bool:
     dataset = getattr(getattr(subject.training, "trainer", None), "train_dataset", None)
-    return dataset is not None and not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"))
+    return dataset is not None and not is_indexed(dataset)
 
 
 def compare_runs(subject: Subject) -> Comparison:
@@ -68,16 +69,7 @@ def compare_runs(subject: Subject) -> Comparison:
     subject.need("training", "model")
     if subject.settings.get("save_only_model"):
         raise NotApplicable("save_only_model=True: checkpoints hold weights alone, by choice")
-    if "resume" not in subject.memory:
-        try:
-            subject.memory["resume"] = _compare_runs(subject)
-        except Exception as reason:
-            subject.memory["resume"] = reason
-    found = subject.memory["resume"]
-    if isinstance(found, Exception):
-        raise found
-    assert isinstance(found, Comparison)
-    return found
+    return subject.once("resume", lambda: _compare_runs(subject))
 
 
 def _compare_runs(subject: Subject) -> Comparison:

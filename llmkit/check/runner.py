@@ -161,6 +161,12 @@ def quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
+def first_line(error: BaseException) -> str:
+    """The exception as evidence: its class, and the beginning of what it says."""
+    text = str(error).strip().split("\n")[0][:160]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def _where(error: BaseException) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{Path(frame.filename).name}:{frame.lineno}"

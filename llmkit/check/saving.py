@@ -21,10 +21,11 @@ from torch import Tensor
 
 from . import adapters, embeddings  # noqa: F401  # checks of this family
 from .forward import draw_ids, logits_of
-from .model import EQUAL, difference, need_alive, noise
-from .runner import Outcome, check, failed, passed, warned
+from .measure import EQUAL, difference, need_alive, noise
+from .runner import Outcome, check, failed, first_line, passed, warned
 from .stored import Stored
 from .subject import NotApplicable, NotRun, Subject
+from .torture import load_again
 
 # fields of a config that saving and loading may change
 VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "auto_map"}
@@ -52,11 +53,6 @@ class Saved:
     ids: Tensor  # (B, T)
     logits: Tensor  # (B, T, V)
     folder: Path
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip().split("\n")[0][:160]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def save(subject: Subject, model: Any, folder: Path) -> None:
@@ -95,8 +91,8 @@ def reload_differs(subject: Subject) -> Outcome:
         recomputed on load; a save that casts to fp16; a config field that is set after construction and not stored.
     Detected: the redrawn model is saved (by the trainer where there is one) and loaded again by its class. Keys,
         weights, config, generation config and logits are compared.
-    Tolerance: 1e-5 of the logits' deviation, or 10 times the rounding between a row alone and in a batch: the same
-        numbers in the same dtype (fp16 moves logits by 1e-3).
+    Tolerance: 1e-5 of the logits' deviation, or 10 times what rounding does to this model: the same numbers in the
+        same dtype (fp16 moves logits by 1e-3).
     Spares: tied keys and buffers that are not stored; buffers that the live model holds rounded; fields of the config
         that are about where it came from. Only warned of: bfloat16 files of a float32 model, config fields that change
         no logits.
@@ -208,8 +204,8 @@ def auto_class_differs(subject: Subject) -> Outcome:
         which only its author has.
     Detected: for classes that are not transformers' own, the saved folder is loaded by AutoModelForCausalLM: in a
         fresh Python process where the code travels with the folder, in this one otherwise; logits are compared.
-    Tolerance: 1e-4 of the logits' deviation, or 30 times the rounding between a row alone and in a batch: another
-        process may choose another attention backend.
+    Tolerance: 1e-4 of the logits' deviation, or 30 times what rounding does to this model: another process may choose
+        another attention backend.
     Spares: subclasses that change no logits (another loss, say). A class that is registered nowhere is a warning: its
         author may load it by name.
     Fix: register the class (`AutoConfig.register`, `AutoModelForCausalLM.register`) where it is loaded, or let its code
@@ -320,7 +316,7 @@ def template_lost_on_save(subject: Subject) -> Outcome:
         tokenizer.save_pretrained(folder)
         written = sorted(p.name for p in Path(folder).iterdir())
         try:
-            loaded = _load_tokenizer(tokenizer, folder)
+            loaded = load_again(tokenizer, folder)
         except Exception as error:
             raise NotRun(f"the saved tokenizer cannot be loaded: {first_line(error)}") from None
     after = loaded.chat_template
@@ -341,15 +337,6 @@ def template_lost_on_save(subject: Subject) -> Outcome:
         fix = "Prompt the model with the template that it was trained on."
         return warned(f"{measured}, but not the reference's", "the same template", [{"note": note}], fix)
     return passed(measured, "the same bytes")
-
-
-def _load_tokenizer(tokenizer: Any, folder: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception:  # a class of the user's own
-        return type(tokenizer).from_pretrained(folder)
 
 
 def _render(tokenizer: Any, messages: list[dict[str, Any]]) -> str | None:

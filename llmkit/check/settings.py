@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .positions import HALVES, some_model, text_config, unwrapped  # whose checks are of this family as well
+from .forward import bare, text_config
+from .positions import HALVES, some_model  # whose checks are of this family as well
 from .runner import Outcome, check, failed, passed, warned
 from .subject import NotApplicable, Subject
 
@@ -118,7 +119,7 @@ def lora_with_reentrant_checkpointing(subject: Subject) -> Outcome:
     given, model = subject.settings, subject.model
     if model is None or not hasattr(model, "peft_config"):
         raise NotApplicable("no adapter on a live model")
-    base = unwrapped(model)
+    base = bare(model)
     by_trainer = bool(given.get("gradient_checkpointing") or given.get("activation_checkpointing"))
     options = given.get("activation_checkpointing_kwargs") or given.get("gradient_checkpointing_kwargs") or {}
     on = [m for m in base.modules() if getattr(m, "gradient_checkpointing", False)]
@@ -158,7 +159,7 @@ def packing_without_isolation(subject: Subject) -> Outcome:
     if given.get("packing") and given.get("packing_strategy") == "wrapped":
         raise NotApplicable("packing_strategy=wrapped: documents are joined on purpose")
     batch = subject.training.batches(1, 1)[0]
-    model = unwrapped(subject.model)
+    model = bare(subject.model)
     known = set(inspect.signature(type(model).forward).parameters) if model is not None else {"position_ids"}
     marks = [k for k in ("position_ids", "seq_idx", "cu_seq_lens_q") if batch.get(k) is not None]
     limit = "position_ids and no attention_mask"

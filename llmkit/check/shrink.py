@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .forward import text_config
 from .subject import SMALL, VOCABULARY, NotRun, Subject
 
 WIDTH, HEADS, HEAD_DIM, WINDOW, EXPERTS, CHUNK = 64, 4, 16, 8, 4, 8
@@ -80,7 +81,7 @@ def build_small(subject: Subject, keep_vocabulary: bool) -> nn.Module:
 
 def with_short_window(config: Any) -> Any:
     """The same config, with windows that a short row goes beyond."""
-    for inner in (config, text_config_of(config)):
+    for inner in (config, text_config(config)):
         for key in ("sliding_window", "attention_window_size", "attention_chunk_size"):
             value = getattr(inner, key, None)
             if isinstance(value, int) and not isinstance(value, bool) and value > WINDOW:
@@ -88,20 +89,12 @@ def with_short_window(config: Any) -> Any:
     return config
 
 
-def text_config_of(config: Any) -> Any:
-    """The part of a multi-modal config that is a language model; the config itself where there is none, or several."""
-    try:
-        return config.get_text_config() if hasattr(config, "get_text_config") else config
-    except ValueError:
-        return config
-
-
 def _text_part(make: Any, config: Any) -> tuple[Any, Any]:
     """Of a multi-modal model, the causal LM of its text config: pictures and sound are not what is checked here."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    text = text_config_of(config)
+    text = text_config(config)
     if text is config:
         return make, config
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:

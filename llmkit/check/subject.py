@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 SMALL = 20_000_000  # parameters up to which a live model is probed itself; larger ones by a shrunk copy of their class
 LONG = 1_000  # items of a list up to which what is inside of them is remembered as well
 VOCABULARY = 256  # ids of a shrunk model, unless real rows must fit
+T = TypeVar("T")
 
 
 class NotApplicable(Exception):
@@ -75,7 +76,11 @@ class Schedule:
 
 
 class Training(Protocol):
-    """A trainer, ours or anyone's, as the checks use it. `model` is always the one to work on: live or shrunk."""
+    """A trainer, ours or anyone's, as the checks use it. `model` is always the one to work on: live or shrunk.
+
+    Three methods may be absent: `num_steps()`, the optimiser steps of the whole run; `schedule_of(model) -> Schedule`,
+    else the settings are believed; and `save(model, folder)`, what a run writes at its end, else `save_pretrained`.
+    """
 
     settings: dict[str, Any]  # named as in TrainingArguments and SFTConfig
 
@@ -145,7 +150,6 @@ class Subject:
     failure: str | None = None  # what the trainer's own constructor raised, where it did
     memory: dict[str, Any] = field(default_factory=dict, repr=False)  # what several checks share, by name
     _shrunk: dict[bool, nn.Module] = field(default_factory=dict, repr=False)
-    _cache: dict[str, Any] = field(default_factory=dict, repr=False)  # what several checks of a family look at
 
     def need(self, *parts: str) -> None:
         """Raises NotApplicable for the first part that is not there."""
@@ -154,6 +158,18 @@ class Subject:
             value = self.can_build() if part == "model" else getattr(self, part)
             if value is None or value is False or value == [] or value == {}:
                 raise NotApplicable(f"no {names.get(part, part.replace('_', ' '))} given")
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` returned, or raised, when it was first asked for."""
+        if name not in self.memory:
+            try:
+                self.memory[name] = make()
+            except Exception as reason:
+                self.memory[name] = reason
+        found = self.memory[name]
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def can_build(self) -> bool:
         return self.model is not None or (self.config is not None and self.make_model is not None)
@@ -216,10 +232,6 @@ def without_autocast_(model: nn.Module) -> None:
         held["forward"] = held["_original_forward"]
 
 
-def generator_like(model: nn.Module, seed: int) -> torch.Generator:
-    return torch.Generator(device="cpu").manual_seed(seed)
-
-
 @torch.no_grad()
 def redraw_(model: nn.Module, seed: int = 0) -> nn.Module:
     """Matrices N(0, 1/sqrt(fan_in)), vectors 1 + N(0, 0.1); tied weights are drawn once, float32, fresh storage.
@@ -227,7 +239,7 @@ def redraw_(model: nn.Module, seed: int = 0) -> nn.Module:
     A fresh model has zero output projections, tiny logits and unit norms: most bugs of attention would not show.
     Parameters get new storage, so that `restored` can hand the old one back untouched.
     """
-    generator = generator_like(model, seed)
+    generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         noise = torch.randn(p.shape, generator=generator)
         drawn = noise / max(p.shape[-1], 1) ** 0.5 if p.ndim > 1 else 1 + 0.1 * noise

@@ -13,7 +13,6 @@ from . import turns  # noqa: F401  its checks are of this family as well
 from .audit import content_text
 from .conversations import (
     conversation,
-    first_line,
     messages_of,
     need_template,
     options_of,
@@ -21,7 +20,7 @@ from .conversations import (
     render,
     said,
 )
-from .runner import Outcome, check, failed, passed, warned
+from .runner import Outcome, check, failed, first_line, passed, warned
 from .spans import SENTINELS
 from .subject import NotApplicable, NotRun, Subject
 from .torture import encode, first_difference

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import control  # noqa: F401  its checks are of this family
 from .bos import trained_rows
 from .conversations import turn_ends, written_by_template
+from .forward import bare, text_config
 from .runner import Outcome, check, failed, passed, warned
 from .spans import decode
 from .subject import NotApplicable, NotRun, Subject
@@ -28,16 +29,14 @@ PLACEHOLDER = re.compile(r"image|audio|video|vision", re.I)  # of a multimodal s
 def embedding_rows(subject: Subject) -> int | None:
     """Of the live model, the smaller of embedding and head, or what its config promises."""
     if subject.model is not None:
-        inner = subject.model.get_base_model() if hasattr(subject.model, "get_base_model") else subject.model
+        inner = bare(subject.model)
         names = ("get_input_embeddings", "get_output_embeddings")
         layers = [getattr(inner, name)() for name in names if hasattr(inner, name)]
         weights = [w for layer in layers if isinstance(w := getattr(layer, "weight", None), Tensor)]
         rows = [w.shape[0] for w in weights if w.ndim == 2 and w.is_floating_point()]  # a quantised head is packed
         if any(rows):  # a tensor that is sharded away has none
             return min(filter(None, rows))
-    config = subject.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(config, "vocab_size", None)
+    return getattr(text_config(subject), "vocab_size", None)
 
 
 def _generation_config(subject: Subject) -> Any:
@@ -48,8 +47,7 @@ def _generation_config(subject: Subject) -> Any:
 
 
 def _text_config(subject: Subject) -> Any:
-    config = getattr(subject.model, "config", None) or subject.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    return text_config(getattr(subject.model, "config", None) or subject.config)
 
 
 def named_ids(subject: Subject, kind: str) -> set[int]:

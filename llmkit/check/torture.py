@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .runner import Outcome, check, failed, passed, warned
+from .runner import Outcome, check, failed, first_line, passed, warned
 from .spans import decode, special_texts
 from .subject import NotApplicable, NotRun, Subject
 
@@ -370,10 +370,9 @@ def tokenizer_changes_on_reload(subject: Subject) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         try:
-            loaded = _load(tokenizer, folder)
+            loaded = load_again(tokenizer, folder)
         except Exception as error:
-            note = f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
-            return failed("what was saved cannot be loaded", "equal", [{"note": note}])
+            return failed("what was saved cannot be loaded", "equal", [{"note": first_line(error)}])
     a, b = _fingerprint(tokenizer, texts), _fingerprint(loaded, texts)
     bad = [key for key in a if a[key] != b[key]]
     evidence: list[dict[str, Any]] = []
@@ -393,7 +392,7 @@ def tokenizer_changes_on_reload(subject: Subject) -> Outcome:
     return passed(f"{len(texts)} texts, special ids and template are the same", "equal")
 
 
-def _load(tokenizer: Any, folder: str) -> Any:
+def load_again(tokenizer: Any, folder: str) -> Any:
     """As a fresh process would; a class of the user's own, which no Auto class knows, by itself."""
     from transformers import AutoTokenizer
 

@@ -41,16 +41,7 @@ class Steps:
 
 def audit_steps(subject: Subject) -> Steps:
     subject.need("training", "model")
-    if "steps" not in subject.memory:
-        try:
-            subject.memory["steps"] = _audit_steps(subject)
-        except Exception as reason:
-            subject.memory["steps"] = reason
-    found = subject.memory["steps"]
-    if isinstance(found, Exception):
-        raise found
-    assert isinstance(found, Steps)
-    return found
+    return subject.once("steps", lambda: _audit_steps(subject))
 
 
 def _audit_steps(subject: Subject) -> Steps:

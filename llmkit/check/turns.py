@@ -7,14 +7,13 @@ Owns the tier-0 checks K6 and the static part of C1, C2 and C8, of the family `t
 import re
 from typing import Any
 
-from .audit import audit_of
-from .conversations import ROLES, conversation, first_line, messages_of, need_template, render, said, turn_ends
-from .runner import Outcome, check, failed, passed, warned
+from .audit import MARKS, audit_of, training_template
+from .conversations import ROLES, conversation, messages_of, need_template, render, said, turn_ends
+from .runner import Outcome, check, failed, first_line, passed, warned
 from .spans import SENTINELS, token_spans
 from .subject import NotApplicable, NotRun, Subject
 from .torture import encode, first_difference
 
-MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 THINKS = re.compile(r"think|reason|thought|channel", re.I)
 WORDS = ("The", "the", "I", "Yes", "a", "1")  # with which answers begin
 ANSWERED = (("user", "assistant"), ("system", "user", "assistant"), ("user", "assistant", "user", "assistant"))
@@ -23,18 +22,6 @@ ANSWERED = (("user", "assistant"), ("system", "user", "assistant"), ("user", "as
 def _beside(a: str, b: str, at: int) -> str:
     cut = slice(max(0, at - 20), at + 30)
     return f"{a[cut]!r} | {b[cut]!r}"
-
-
-def training_template(subject: Subject) -> str | None:
-    """TRL's own template with marks, where it trains with that one instead of a stock template without."""
-    if not subject.settings.get("assistant_only_loss") or MARKS.search(str(subject.tokenizer.chat_template)):
-        return None
-    try:
-        from trl.chat_template_utils import get_training_chat_template
-
-        return get_training_chat_template(subject.tokenizer)
-    except Exception:  # not installed, or not one of the stock templates
-        return None
 
 
 @check("generation-prompt-mismatch", family="template", tier=0, catalogue="K6")

@@ -78,10 +78,10 @@ def _check_settings(settings: CheckConfig, subject: Any, command: list[str] | No
         raise UserError(f"tier={settings.tier}; allowed: 0, 1, 2, 3")
     for key in ("json", "html"):
         if value := getattr(settings, key):
-            _check_file(key, Path(value))
+            check_file(key, Path(value))
 
 
-def _check_file(key: str, path: Path) -> None:
+def check_file(key: str, path: Path) -> None:
     folder = path.resolve().parent
     if not folder.is_dir():
         raise UserError(f"{key}={str(path)!r}: the folder {str(path.parent)!r} does not exist; make it first")

@@ -13,25 +13,26 @@ import torch
 from torch import Tensor
 
 from . import adapters  # noqa: F401  # a check of this family
-from .runner import Outcome, check, failed, passed, warned
-from .stored import Stored, check_folder, weight_files
+from .forward import bare
+from .runner import Outcome, check, failed, first_line, passed, warned
+from .stored import Stored, weight_files
 from .subject import NotApplicable, NotRun, Subject
 
-__all__ = ["Stored", "check_folder"]
 LARGEST_LOAD = 400_000_000  # parameters up to which the weights themselves are loaded where accelerate is missing
 DEAD = 1e-3  # of the median norm of the rows
 REPLACED = 0.5  # of a row's norm: more than training moves it
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "embeddings.weight",
-              "tok_embeddings.weight", "embedding.weight")  # fmt: skip
+EMBEDDINGS = (
+    "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "embeddings.weight",
+    "tok_embeddings.weight", "embedding.weight",
+)  # fmt: skip
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "head.weight")
 
 
 def _stored(subject: Subject) -> Stored:
     if subject.folder is None or not weight_files(subject.folder):
         raise NotApplicable("no folder with stored weights given")
-    if "stored" not in subject._cache:
-        subject._cache["stored"] = Stored(subject.folder)
-    return subject._cache["stored"]
+    folder = subject.folder
+    return subject.once("stored", lambda: Stored(folder))
 
 
 def _matrices(stored: Stored) -> dict[str, str]:
@@ -153,8 +154,7 @@ def _rows(stored: Stored, name: str) -> tuple[Tensor, Tensor]:
 def _trains_embeddings(subject: Subject) -> bool:
     if subject.model is None or subject.training is None:
         return False
-    inner = subject.model.get_base_model() if hasattr(subject.model, "get_base_model") else subject.model
-    return any(p.requires_grad for p in inner.get_input_embeddings().parameters())
+    return any(p.requires_grad for p in bare(subject.model).get_input_embeddings().parameters())
 
 
 # what the class needs
@@ -216,8 +216,7 @@ def _load(subject: Subject, **options: Any) -> Names:
     except NotImplementedError:
         raise
     except Exception as error:
-        text = (str(error).strip() or "no message").split("\n")[0][:150]
-        raise NotRun(f"from_pretrained raises {type(error).__name__}: {text}") from None
+        raise NotRun(f"from_pretrained raises {first_line(error)}") from None
     mismatched = sorted(str(m[0] if isinstance(m, (tuple, list)) else m) for m in info["mismatched_keys"])
     return sorted(map(str, info["missing_keys"])), sorted(map(str, info["unexpected_keys"])), mismatched
 
@@ -253,9 +252,7 @@ class Values:
 
 def _values(subject: Subject, stored: Stored) -> dict[str, Values | None]:
     """Read once for all checks; None for integers and for tensors without numbers."""
-    if "values" not in subject._cache:
-        subject._cache["values"] = {name: _read(stored, name) for name in stored.shapes}
-    return subject._cache["values"]
+    return subject.once("values", lambda: {name: _read(stored, name) for name in stored.shapes})
 
 
 def _read(stored: Stored, name: str) -> Values | None:
@@ -367,24 +364,24 @@ def rows_differ_from_reference(subject: Subject) -> Outcome:
     if subject.reference is None:
         raise NotApplicable("no reference given")
     reference = Stored(subject.reference)
-    pairs = {kind: (name, _matrices(reference)[kind]) for kind, name in _matrices(stored).items()
-             if kind in _matrices(reference)}  # fmt: skip
+    theirs = _matrices(reference)
+    pairs = [(name, theirs[kind]) for kind, name in _matrices(stored).items() if kind in theirs]
     if not pairs:
         raise NotRun("no embedding found in both folders")
-    num_others, changed_others = _other_changes(stored, reference, {n for pair in pairs.values() for n in pair})
+    num_others, changed_others = _other_changes(stored, reference, {n for pair in pairs for n in pair})
     is_trained = bool(changed_others)
     cut: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
     compared = 0
-    for mine, theirs in pairs.values():
-        a, b = stored.shapes[mine], reference.shapes[theirs]
+    for mine, other in pairs:
+        a, b = stored.shapes[mine], reference.shapes[other]
         if a[1:] != b[1:]:
             raise NotRun(f"{mine} has rows of {a[1]} numbers, the reference's {b[1]}: another model")
         if a[0] < b[0]:
             cut.append({"note": f"{mine}: {a[0]} rows, the reference has {b[0]}"})
-        loose = REPLACED if is_trained else 0.01 if stored.dtypes[mine] != reference.dtypes[theirs] else 0.0
+        loose = REPLACED if is_trained else 0.01 if stored.dtypes[mine] != reference.dtypes[other] else 0.0
         changed: list[int] = []
-        for (first, x), (_, y) in zip(stored.slices(mine), reference.slices(theirs), strict=False):
+        for (first, x), (_, y) in zip(stored.slices(mine), reference.slices(other), strict=False):
             count = min(len(x), len(y))
             x, y = x[:count].float(), y[:count].float()
             compared += count
@@ -451,8 +448,8 @@ def dtype_changed(subject: Subject) -> Outcome:
     given = getattr(subject.config, "dtype", None)
     says = str(given).removeprefix("torch.") if given is not None else None
     before = _most_common_dtype(Stored(subject.reference)) if subject.reference else None
-    evidence = [{"note": f"{who} {other}"} for who, other in (("config.dtype is", says), ("the reference has", before))
-                if other is not None and other != mine]  # fmt: skip
+    said = (("config.dtype is", says), ("the reference has", before))
+    evidence = [{"note": f"{who} {other}"} for who, other in said if other not in (None, mine)]
     text = f"most numbers are stored as {mine}"
     return warned(text, "the dtype of the config and of the reference", evidence) if evidence else passed(text)
 

@@ -16,22 +16,24 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ..config import UserError
+from .encode import NAME, Encoder, StoreWriter, merge_stores
 from .sources import Doc
 from .tokenizer import fingerprint
 
-NAME = "tokens.ds"
-LONGEST_DOCUMENT = 60_000_000  # characters: about 10 GB while it is encoded
+__all__ = ["NAME", "RowPlan", "Store", "StoreWriter", "build_store", "merge_stores", "open_store", "plan_rows"]
 TABLE_SIZES = 128  # packing looks ahead when the pieces have at most so many different lengths
 
 
@@ -63,22 +65,24 @@ class Store:
         return self.manifest["fingerprint"]
 
 
-def _batched(docs: Iterable[Doc], size: int) -> Iterator[list[Doc]]:
-    iterator = iter(docs)
-    while batch := list(islice(iterator, size)):
-        yield batch
+class _PythonCore:
+    """A tokenizer without `tokenizers` behind it, as an Encoder wants it; it cannot be cut, and is slow."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.get_vocab, self.get_vocab_size = tokenizer.get_vocab, tokenizer.__len__
+
+    def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> list[SimpleNamespace]:
+        found = self.tokenizer(texts, add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
+        return [SimpleNamespace(ids=ids) for ids in found]
+
+    def no_truncation(self) -> None: ...
+
+    def no_padding(self) -> None: ...
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Ids of the text alone: no BOS, no EOS, and special-token strings in the text are not control tokens."""
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True)[
-        "input_ids"
-    ]
-
-
-def id_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype:
-    """Of a token store: uint16 where every id fits, also that of a vocabulary with holes."""
-    return np.dtype("<u2" if max(tokenizer.get_vocab().values()) < 65536 else "<u4")
+def _core(tokenizer: PreTrainedTokenizerBase) -> Any:
+    return getattr(tokenizer, "backend_tokenizer", None) or _PythonCore(tokenizer)
 
 
 def _write_store(
@@ -89,49 +93,24 @@ def _write_store(
     where: str,
     on_progress: Callable[[int], None],
 ) -> None:
-    dtype = id_dtype(tokenizer)
-    ends: list[int] = []
-    log_probs: list[float | None] = []
-    num_tokens = num_bytes = num_empty = 0
-    with (folder / NAME).open("wb") as file:
-        for batch in _batched(docs, 1024):
-            kept = [doc for doc in batch if doc.text]
-            num_empty += len(batch) - len(kept)
-            if not kept:
-                continue
-            longest = max(len(doc.text) for doc in kept)
-            if longest > LONGEST_DOCUMENT:
-                raise UserError(
-                    f"{where}: a document of {longest:,} characters is encoded in one piece and would take about "
-                    f"{longest * 171 / 1e9:.0f} GB of memory; set sample_by: paragraph or line"
-                )
-            for doc, ids in zip(kept, _encode(tokenizer, [doc.text for doc in kept]), strict=True):
-                if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-                    raise _unknown_character(doc.text, tokenizer, where)
-                num_tokens += len(ids) + 1
-                num_bytes += len(doc.text.encode("utf-8", "surrogatepass"))
-                ends.append(num_tokens)
-                log_probs.append(doc.log_prob)
-                file.write(np.asarray([*ids, tokenizer.eos_token_id], dtype).tobytes())
-            on_progress(len(kept))
-    if not ends:
+    name = Path(tokenizer.name_or_path or "llmkit").name
+    writer = StoreWriter(folder, _core(tokenizer), tokenizer.eos_token_id, tokenizer.unk_token_id, name, where)
+    num_empty, iterator = 0, iter(docs)
+    while batch := list(islice(iterator, 1024)):
+        kept = [doc for doc in batch if doc.text]
+        num_empty += len(batch) - len(kept)
+        writer.write([doc.text for doc in kept], [doc.log_prob for doc in kept])
+        if writer.refused:
+            raise UserError(
+                f"{where}: a document of {writer.refused[0][1]:,} bytes has no place to cut it so that its ids stay "
+                "the same, and is too long to encode in one piece; set sample_by: paragraph or line, or part it"
+            )
+        on_progress(len(kept))
+    writer.close()
+    if not writer.num_documents:
         raise UserError(f"{where}: no text in it ({num_empty} empty documents); point at a file or split that has some")
-    np.asarray(ends, "<u8").tofile(folder / f"{NAME}.index")
-    if all(p is not None for p in log_probs):
-        np.asarray(log_probs, "<f8").tofile(folder / f"{NAME}.logprob")
-    name = tokenizer.name_or_path or "llmkit"
-    (folder / f"{NAME}.metadata").write_text(
-        f"{Path(name).name}|{dtype.itemsize}\n{num_tokens}\n{num_tokens / 1e6:.3f} MT"
-    )
-    manifest = {
-        "source": where,
-        "fingerprint": source_hash,
-        "tokenizer": fingerprint(tokenizer),
-        "num_documents": len(ends),
-        "num_tokens": num_tokens,
-        "num_bytes": num_bytes,
-        "num_empty_documents_skipped": num_empty,
-    }
+    manifest: dict[str, Any] = {"source": where, "fingerprint": source_hash, "tokenizer": fingerprint(tokenizer)}
+    manifest |= {**writer.counts(), "num_empty_documents_skipped": num_empty}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
@@ -152,15 +131,6 @@ def build_store(
         with contextlib.suppress(OSError):  # another run was first
             os.rename(partial, folder)
     return open_store(folder, tokenizer)
-
-
-def _unknown_character(text: str, tokenizer: PreTrainedTokenizerBase, where: str) -> UserError:
-    known = set(tokenizer.get_vocab())
-    position, char = next(((i, c) for i, c in enumerate(text) if c not in known), (0, text[0]))
-    return UserError(
-        f"{where}: character {char!r} at position {position} is not in the tokenizer; "
-        "train it on text that has it, or use tokenizer_type: bpe"
-    )
 
 
 def open_store(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Store:
@@ -185,11 +155,9 @@ def open_store(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Store:
             f"{path}: holds {len(tokens)} tokens, its index says {int(ends[-1]) if len(ends) else 0}; tokenise again"
         )
     manifest_path = folder / "manifest.json"
-    manifest = (
-        json.loads(manifest_path.read_text())
-        if manifest_path.exists()
-        else {"fingerprint": _hash(path), "num_bytes": None}
-    )
+    manifest = {"num_bytes": None} | (json.loads(manifest_path.read_text()) if manifest_path.exists() else {})
+    if "fingerprint" not in manifest:  # written by datatrove, or by a StoreWriter alone
+        manifest["fingerprint"] = _hash(path)
     if manifest.get("tokenizer", fingerprint(tokenizer)) != fingerprint(tokenizer):
         raise UserError(f"{folder}: was made by another tokenizer; tokenise the corpus again or set its tokenizer_name")
     log_probs = np.fromfile(f"{path}.logprob", "<f8") if Path(f"{path}.logprob").exists() else None
@@ -205,6 +173,7 @@ def _hash(path: Path) -> str:
 
 def _check_sample(store: Store, tokenizer: PreTrainedTokenizerBase, num_docs: int = 4) -> None:
     """Decodes a few documents and tokenises them again: another tokenizer or a changed one gives other ids."""
+    encoder = Encoder(_core(tokenizer), max_bytes=1 << 30)  # 2,000 ids at a time
     for i in range(min(num_docs, len(store.ends))):
         *body, last = store.tokens[store.starts[i] : int(store.ends[i])].tolist()
         if max(body, default=0) >= len(tokenizer):
@@ -218,8 +187,9 @@ def _check_sample(store: Store, tokenizer: PreTrainedTokenizerBase, num_docs: in
             )
         head = body[:2000]
         num_sure = len(body) if len(body) <= 2000 else 1000  # the last words of a cut text may split otherwise
-        again = _encode(tokenizer, [tokenizer.decode(head, clean_up_tokenization_spaces=False)])[0]
-        if body and again[:num_sure] != head[:num_sure]:
+        text = tokenizer.decode(head, clean_up_tokenization_spaces=False)
+        [again] = encoder.encode([text])
+        if body and again is not None and again[:num_sure].tolist() != head[:num_sure]:
             raise UserError(
                 f"{store.folder}: document {i} tokenises to other ids now; tokenise again or set its tokenizer_name"
             )

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from ..config import UserError, _allowed, _fits
 from . import toyworld
 
+LONGEST_DOCUMENT = 1 << 30  # bytes
 SUFFIXES = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 BUILDERS = tuple(dict.fromkeys(SUFFIXES.values()))
 
@@ -50,7 +51,7 @@ def _ignored_keys(source: Source) -> list[str]:
     """Keys that were given and would have no effect on this kind of source."""
     if source.path.startswith("builtin/"):
         unused = ["data_files", "columns", "sample_by", "streaming"]
-    elif builder := _builder(source):
+    elif builder := find_builder(source):
         unused = ["name", "streaming", "columns" if builder == "text" else "sample_by"]
     else:
         unused = ["sample_by"]
@@ -87,7 +88,7 @@ def parse_sources(entries: list, key: str) -> list[Source]:
     return sources
 
 
-def _split(split: str, where: str) -> tuple[str, str | None, str | None]:
+def parse_split(split: str, where: str) -> tuple[str, str | None, str | None]:
     """`train[:90%]` -> ("train", None, "90%")."""
     match = re.fullmatch(r"(\w+)(?:\[(\d+%?)?:(\d+%?)?\])?", split)
     if not match:
@@ -95,20 +96,26 @@ def _split(split: str, where: str) -> tuple[str, str | None, str | None]:
     return match.group(1), match.group(2), match.group(3)
 
 
-def _bound(bound: str | None, total: int, default: int) -> int:
-    if bound is None:
+def bound(text: str | None, total: int, default: int) -> int:
+    """One end of a slice as a number: `90%` of the total, or itself; the default where none is given."""
+    if text is None:
         return default
-    return total * int(bound[:-1]) // 100 if bound.endswith("%") else min(int(bound), total)
+    return total * int(text[:-1]) // 100 if text.endswith("%") else min(int(text), total)
+
+
+def suffix(path: Path) -> str:
+    """`.jsonl` of x.jsonl and of x.jsonl.gz."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def _inside(path: Path) -> list[Path]:
     """The file itself, or the text files of a folder in order of their names."""
     if path.is_dir():
-        return sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+        return sorted(file for file in path.iterdir() if suffix(file) in SUFFIXES and file.is_file())
     return [path] if path.is_file() else []
 
 
-def _files(source: Source, data_dir: Path) -> list[Path]:
+def find_files(source: Source, data_dir: Path) -> list[Path]:
     patterns = source.data_files if source.data_files is not None else source.path
     paths: list[Path] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -123,113 +130,58 @@ def _files(source: Source, data_dir: Path) -> list[Path]:
     return paths
 
 
-def _builder(source: Source) -> str | None:
+def find_builder(source: Source) -> str | None:
     """text, json, csv or parquet for local files; None for a Hub id."""
     if source.path in BUILDERS:
         if source.data_files is None:
             raise UserError(f"path={source.path!r} reads local files: name them with data_files")
         return source.path
-    suffix = Path(source.path).suffix.lower()
-    if source.data_files is None and suffix in SUFFIXES:
-        return SUFFIXES[suffix]
-    return None
+    return SUFFIXES.get(suffix(Path(source.path))) if source.data_files is None else None
 
 
-def read_text(path: Path) -> str:
-    """The file as UTF-8 with its newlines as they are; raises UserError naming the byte that is not UTF-8."""
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: byte {error.start} (0x{error.object[error.start]:02x}) is not UTF-8; "
-            "convert the file, e.g. `iconv -f latin1 -t utf-8`"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
-
-
-def _text_documents(source: Source, paths: list[Path]) -> Iterator[str]:
-    name, start, stop = _split(source.split, source.path)
-    if name != "train":
-        raise UserError(f"split={source.split!r}: local text files have only `train`; slice it, e.g. train[90%:]")
-    if source.sample_by == "document" and len(paths) == 1:
-        text = read_text(paths[0])
-        yield text[_bound(start, len(text), 0) : _bound(stop, len(text), len(text))]
-        return
-    docs: list[str] = []
-    for path in paths:
-        text = read_text(path)
-        if source.sample_by == "line":
-            docs += [line for line in re.split(r"\r\n|\r|\n", text) if line]  # splitlines() cuts at U+2028, \f, ... too
-        elif source.sample_by == "paragraph":
-            docs += [part for part in re.split(r"\r?\n\s*\n", text) if part.strip()]
-        else:
-            docs.append(text)
-    yield from docs[_bound(start, len(docs), 0) : _bound(stop, len(docs), len(docs))]
-
-
-def _rows(source: Source, builder: str | None, paths: list[Path]) -> Any:
-    """A `datasets` data set; its own errors become one line that says where to look."""
+def hub_rows(source: Source) -> Any:
+    """A `datasets` data set of the Hub; its own errors become one line that says where to look."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        if builder is None:
-            return datasets.load_dataset(
-                source.path, source.name, data_files=source.data_files, split=source.split, streaming=source.streaming
-            )
-        return datasets.load_dataset(builder, data_files=[str(p) for p in paths], split=source.split)
+        return datasets.load_dataset(
+            source.path, source.name, data_files=source.data_files, split=source.split, streaming=source.streaming
+        )
     except Exception as error:  # dozens of types, from pyarrow to aiohttp
-        for path in paths:
-            if builder in ("json", "csv"):
-                read_text(path)  # a clearer reason, where it is the encoding
         reason = (str(error.__cause__ or error).strip() or "nothing in it").splitlines()[0]
-        if builder is None:
-            raise UserError(
-                f"path={source.path!r}: could not be loaded from the Hub ({reason}); check the id and the network, or "
-                "point at a local copy with `path: json|csv|parquet|text` and `data_files:`"
-            ) from None
-        raise UserError(f"{paths[0]}: cannot be read as {builder} ({reason}); check the file") from None
-
-
-def _where(source: Source) -> str:
-    return f"path={source.path!r}" + (f" data_files={source.data_files!r}" if source.data_files is not None else "")
-
-
-def _column(source: Source, row: dict) -> str:
-    wanted = source.columns or ["text"]
-    if len(wanted) != 1:
-        raise UserError(f"{_where(source)}: columns={wanted!r}; pretraining reads exactly one text column")
-    if wanted[0] not in row:
-        raise UserError(f"{_where(source)}: no column {wanted[0]!r}; found {', '.join(row)}; set `columns:`")
-    return wanted[0]
+        raise UserError(
+            f"path={source.path!r}: could not be loaded from the Hub ({reason}); check the id and the network, or "
+            "point at a local copy with `path: json|csv|parquet|text` and `data_files:`"
+        ) from None
 
 
 def documents(source: Source, data_dir: Path) -> Iterator[Doc]:
     """Every document of a source, in order. Raises UserError for what is missing, unreadable or not text."""
-    if source.path.startswith("builtin/"):
-        yield from _toyworld(source)
-        return
-    builder = _builder(source)
-    paths = _files(source, data_dir) if builder else []
-    if builder == "text":
-        yield from (Doc(text, None) for text in _text_documents(source, paths))
-        return
-    column = None
-    try:
-        for i, row in enumerate(_rows(source, builder, paths)):
-            column = column or _column(source, row)
-            text = row[column]
-            if not isinstance(text, str):
-                raise UserError(f"{_where(source)} row {i}: {column}={text!r} is not text; drop or mend that row")
-            yield Doc(text, None)
-    except UnicodeDecodeError as error:  # pyarrow finds it only when the row is read
-        for path in paths if builder != "parquet" else []:
-            read_text(path)
-        raise UserError(f"{_where(source)}: not UTF-8 ({error.reason}); convert the text") from None
+    from .read import PROBLEMS, plan_shares, read_share
+
+    shares, total = plan_shares(source, data_dir)
+    number = 0
+    for share in shares:
+        for row in read_share(source, share, LONGEST_DOCUMENT, total):
+            if row.problem:
+                raise UserError(
+                    f"{row.where}: {PROBLEMS[row.problem]} ({row.note}); or leave such rows out by `llmkit data`"
+                )
+            if not row.text and source.sample_by == "line":
+                continue  # between lines there is nothing, as in `datasets`
+            number += 1
+            yield Doc(row.text, row.log_prob)
+    if not number:
+        raise UserError(f"{describe(source)}: nothing in it; point at a file or split that has text")
 
 
-def _toyworld(source: Source) -> Iterator[Doc]:
+def describe(source: Source) -> str:
+    return " ".join(str(part) for part in (source.path, source.name, source.data_files, source.split) if part)
+
+
+def toyworld_range(source: Source) -> tuple[list[str], str, int, int]:
+    """Kinds, split, first and last document of a toyworld source; raises UserError for what there is not."""
     if source.path != "builtin/toyworld":
         raise UserError(f"path={source.path!r}: no such built-in corpus; allowed: builtin/toyworld")
     kinds = list(toyworld.KINDS) if source.name is None else [source.name]
@@ -237,20 +189,19 @@ def _toyworld(source: Source) -> Iterator[Doc]:
         raise UserError(
             f"builtin/toyworld: name={source.name!r}; allowed: {', '.join(toyworld.KINDS)}, or none for all"
         )
-    split, start, stop = _split(source.split, source.path)
+    split, start, stop = parse_split(source.split, source.path)
     if split not in ("train", "validation") or stop is None or "%" in (start or "") + stop:
         raise UserError(
             f"builtin/toyworld: split={source.split!r}; it never ends, so say how many documents, "
             "e.g. train[:30000] or validation[:500]"
         )
-    for i in range(int(start or 0), int(stop)):
-        yield Doc(*toyworld.document(kinds[i % len(kinds)], split, i))
+    return kinds, split, int(start or 0), int(stop)
 
 
 def _hub_revision(source: Source) -> str:
     """The commit of a streamed data set, or the fingerprint of a downloaded one."""
     if not source.streaming:
-        return str(_rows(source, None, [])._fingerprint)
+        return str(hub_rows(source)._fingerprint)
     from huggingface_hub import HfApi
 
     try:
@@ -268,8 +219,8 @@ def source_fingerprint(source: Source, data_dir: Path) -> str:
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     if source.path.startswith("builtin/"):
         digest.update(Path(toyworld.__file__).read_bytes())
-    elif builder := _builder(source):
-        for path in _files(source, data_dir):
+    elif builder := find_builder(source):
+        for path in find_files(source, data_dir):
             digest.update(builder.encode())
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())

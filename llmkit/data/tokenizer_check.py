@@ -21,11 +21,11 @@ from ..check.report import Report
 from ..check.runner import run
 from ..check.subject import Subject
 from ..check.torture import nature
-from ..check.verb import _check_file, make_console
+from ..check.verb import check_file, make_console
 from ..config import TokenizerCheckConfig, TokenizerTrainConfig, UserError
 from ..report.plots import plot_frequencies
 from ..run import resolve_model_dir, write_json
-from .shards import id_dtype
+from .encode import id_dtype
 from .sources import SUFFIXES, Source, documents, parse_sources
 from .tokenizer_report import STYLE, print_figures, progress, section
 from .vocabulary import Shard, count_shard, shard_figures, vocabulary_figures
@@ -68,7 +68,7 @@ def check_outputs(settings: Settings) -> None:
         raise UserError(f"max_check_bytes={settings.max_check_bytes}; allowed: 1 or more")
     for key in ("json", "html", "plot"):
         if value := getattr(settings, key):
-            _check_file(key, Path(value))
+            check_file(key, Path(value))
     has_text = bool(settings.datasets or getattr(settings, "dataset", None))
     if settings.plot and not has_text:
         raise UserError(f"plot={settings.plot!r}: nothing to draw without text; give datasets, or --dataset FILE")
@@ -164,7 +164,7 @@ def _check(tokenizer: Any, target: str, texts: list[Texts], shards: list[Shard],
     chats = [row for item in texts for row in item.rows[:OWN] if "text" not in row]
     subject = Subject(target, tokenizer=tokenizer, is_chat=bool(chats))
     subject.rows = chats + [{"text": text} for shard in shards for text in shard.excerpts[:share]]
-    subject.settings["store_dtype"] = id_dtype(tokenizer).name
+    subject.settings["store_dtype"] = id_dtype(len(tokenizer)).name
     families = ("tokenizer", *(["template"] if getattr(tokenizer, "chat_template", None) else []))
     return run(subject, selection(2, families, (), settings.check_ignore))
 
@@ -182,7 +182,7 @@ def get_figures(tokenizer: Any, target: str, shards: list[Shard]) -> dict[str, A
             "is_fast": is_fast,
             "ids": len(vocabulary),
             "largest_id": max(vocabulary.values()),
-            "store_dtype": id_dtype(tokenizer).name,
+            "store_dtype": id_dtype(len(tokenizer)).name,
             **special,
             "has_chat_template": bool(getattr(tokenizer, "chat_template", None)),
         },

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from ..check.runner import quiet
 from ..check.spans import special_texts
 from ..check.torture import MARKED, _byte_letters, difference, first_difference, nature
-from .shards import _encode
+from .encode import Encoder
+from .shards import _core
 
 PIECE = 65_536  # characters that are encoded at once, at most 256 KB: an encoding takes about 400 bytes per token
 BATCH = 1_000_000  # characters between two counts
@@ -130,7 +131,7 @@ def count_shard(
 
 def _count(shard: Shard, batch: list[str], tokenizer: Any, num_excerpts: int) -> None:
     with quiet():  # "sequence is longer than the maximum": nothing is trained on here
-        rows = _encode(tokenizer, batch)
+        rows = [ids.tolist() for ids in Encoder(_core(tokenizer)).encode(batch) if ids is not None]  # none is longer
         backs = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     ids = np.fromiter((i for row in rows for i in row), np.int64)
     shard.counts += np.bincount(ids, minlength=len(shard.counts))

@@ -34,7 +34,7 @@ from .. import model as ours  # noqa: F401  registers llmkit with the Auto class
 from ..config import PretrainConfig, UserError
 from ..data.loader import Loader, Rows
 from ..data.shards import NAME, Store, build_store, open_store
-from ..data.sources import Source, documents, source_fingerprint
+from ..data.sources import Source, describe, documents, source_fingerprint
 from ..data.tokenizer import add_bos, bos_id, fingerprint, load_tokenizer, save_tokenizer, train_bpe, train_char
 from ..hardware import Device
 from ..run import Run, resolve_model_dir, written_beside
@@ -211,7 +211,7 @@ def get_store(
     folder = store_dir / f"{source_hash[:12]}-{fingerprint(tokenizer)[:12]}"
     if (folder / NAME).exists():
         return open_store(folder, tokenizer)
-    where = " ".join(str(part) for part in (source.path, source.name, source.data_files, source.split) if part)
+    where = describe(source)
     columns = (TextColumn("{task.description}"), TextColumn("{task.completed:,.0f} documents"))
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(f"tokenising {where}", total=None)

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import json
 import random
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,12 +48,15 @@ from .optim import build_optimizer, lr_factor, planned_rates
 from .pretrain import _isolate, fit
 
 
-def get_subject(config: PretrainConfig, tier: int) -> Subject:
-    """Tokenizer and config for tier 0, data and model from tier 1. Raises UserError as `pretrain` itself would."""
+def get_subject(config: PretrainConfig, tier: int, is_data_only: bool = False) -> Subject:
+    """Tokenizer and config for tier 0, data and model from tier 1. Raises UserError as `pretrain` itself would.
+
+    `is_data_only`: what a run would read, without a model, and output_dir may hold a run already.
+    """
     check_config(config)
     check_engine(engine_kind(), config)
     quiet_libraries()
-    if not config.resume_from_checkpoint:
+    if not config.resume_from_checkpoint and not is_data_only:
         check_output_dir(Path(config.output_dir))
     sources = parse_sources(config.datasets, "datasets")
     eval_sources = parse_sources(config.eval_datasets, "eval_datasets")
@@ -76,9 +80,11 @@ def get_subject(config: PretrainConfig, tier: int) -> Subject:
         return subject
     random.seed(config.seed)
     torch.manual_seed(config.seed)
-    subject.model = get_model(config, tokenizer)
-    subject.config = subject.model.config
-    train_rows, shards = get_rows(config, sources, eval_sources, tokenizer, Console(quiet=True))
+    if not is_data_only:
+        subject.model = get_model(config, tokenizer)
+        subject.config = subject.model.config
+    console = Console(stderr=True, quiet=not (is_data_only and sys.stderr.isatty()))
+    train_rows, shards = get_rows(config, sources, eval_sources, tokenizer, console)
     rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     rows_per_step *= config.num_processes or 1
     fractions: Any = [source.fraction for source in sources] if sources[0].fraction else None
@@ -103,7 +109,7 @@ class PretrainTraining:
     def __init__(self, config: PretrainConfig, tokenizer: Any, loader: Loader, shards: dict[str, Rows], fractions: Any):
         self.config, self.tokenizer, self.loader, self.shards = config, tokenizer, loader, shards
         self.fractions = fractions
-        self.settings = dataclasses.asdict(config) | {"packing": True}
+        self.settings = dataclasses.asdict(config)
 
     def _rows(self, count: int) -> dict[str, Tensor]:
         """The first rows of training, in the order of training."""
@@ -111,12 +117,20 @@ class PretrainTraining:
         batches = [self.loader.batch(step) for step in steps]
         return {key: torch.cat([batch[key] for batch in batches])[:count] for key in batches[0]}
 
+    def batches_from(self, step: int) -> Iterator[dict[str, Tensor]]:
+        """Global batches from an optimiser step on, as many as an epoch has; position_ids where the model gets them."""
+        if not 0 <= step < self.num_steps():
+            raise UserError(f"step={step}; allowed: 0 to {self.num_steps() - 1}, the steps of this recipe")
+        kept = {"input_ids", "shift_labels", *(["position_ids"] if _isolate(self.config) else [])}
+        for at in range(step, step + -(-self.loader.num_rows // self.loader.rows_per_step)):
+            yield {key: value for key, value in self.loader.batch(at).items() if key in kept}
+
     def labelled_rows(self, count: int) -> list[LabelledRow]:
         rows, batch = [], self._rows(count)
         for index in range(len(batch["input_ids"])):
             ids, labels = batch["input_ids"][index].tolist(), batch["shift_labels"][index].tolist()
             ids, labels = [*ids, labels[-1]], [IGNORE, *labels]
-            while labels[-1] == IGNORE:  # padding, or the BOS of a document that goes on elsewhere
+            while len(labels) > 1 and labels[-1] == IGNORE:  # padding, or a BOS whose document goes on elsewhere
                 ids.pop(), labels.pop()
             rows.append(LabelledRow(index, ids, labels))
         return rows
@@ -185,7 +199,8 @@ class PretrainTraining:
         checkpoint = None
         if resume_from is not None:
             checkpoint = find_checkpoint(place, str(resume_from), lambda line: None)
-            model = load_weights(model, checkpoint) if checkpoint else model
+            assert checkpoint is not None, "a named checkpoint is found, or raises"
+            model = load_weights(model, checkpoint)
         accelerator = start_accelerator("single", device, config)
         same = identity(config, model, self.tokenizer, loader, self.fractions)
         run = Run.start(place, "pretrain", config, {})

@@ -1,5 +1,6 @@
 """`llmkit check -- CMD`: the user's own command is started unchanged, its trainer taken at `train()`."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from llmkit.check.command import run_command
+from llmkit.check.hook import Hook
 from llmkit.config import CheckConfig, UserError
 
 TESTS = str(Path(__file__).parents[1])
@@ -78,6 +80,17 @@ def test_accelerate_launch_reaches_the_trainer(tmp_path):
     python, path = script(tmp_path, "tiny.lm_trainer().train()")
     launch = [python, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", path]
     assert run_command(ONLY, launch).exit_code == 0
+
+
+def test_a_trainer_without_hash_is_remembered_as_long_as_it_lives(monkeypatch):
+    """TRL 1.5's KTOTrainer is a dataclass: its constructor raised `unhashable type` under the hook."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    trainer_class = dataclasses.make_dataclass("T", ["model"], namespace={"train": print})
+    (hook := Hook({})).patch(trainer_class)
+    trainer = trainer_class("a model")
+    assert list(hook.made.values()) == [{"model": "a model"}]
+    del trainer
+    assert not hook.made
 
 
 def test_the_hook_does_nothing_where_nobody_asked(tmp_path):

@@ -11,8 +11,8 @@ from tiny import bpe_tokenizer, llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmkit.check.runner import get_check, run_one
-from llmkit.check.stored import Stored, header
-from llmkit.check.weights import check_folder, control_tokens
+from llmkit.check.stored import Stored, check_folder, header
+from llmkit.check.weights import control_tokens
 from llmkit.config import UserError
 
 FAMILY = (

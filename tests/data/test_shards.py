@@ -215,14 +215,7 @@ def test_row_plan_of_a_store_that_was_written_anew_is_made_anew(make_store):
     assert sorted(plan_rows(new, 7).pieces.tolist()) == [[0, 7, 0], [7, 3, 1]]
 
 
-def test_a_document_too_long_for_memory_is_refused_with_the_way_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "LONGEST_DOCUMENT", 10)
-    with pytest.raises(UserError, match=r"a document of 11 characters .* set sample_by"):
-        shards.build_store(
-            [shards.Doc("a" * 10, None), shards.Doc("a" * 11, None)],
-            train_char(["a"]),
-            tmp_path / "s",
-            "hash",
-            "big.txt",
-        )
+def test_a_document_too_long_for_memory_is_refused_with_the_way_out(tmp_path, bpe):
+    with pytest.raises(UserError, match=r"big.txt: a document of 300,000 bytes .* set sample_by"):
+        shards.build_store([shards.Doc("a" * n, None) for n in (1000, 300_000)], bpe, tmp_path / "s", "hash", "big.txt")
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from llmkit import cli
 from llmkit.check import runner
-from llmkit.data.shards import _encode, id_dtype
+from llmkit.data.encode import Encoder
 from llmkit.data.sources import Source
 from llmkit.data.tokenizer import load_tokenizer, save_tokenizer, train_bpe, train_char
 from llmkit.data.tokenizer_report import notes, token_text
@@ -33,6 +33,10 @@ def letters_of_bytes():
 
 def counted(texts, tokenizer, max_bytes=10**6):
     return count_shard("x", texts, tokenizer, max_bytes)
+
+
+def encode(tokenizer, texts):
+    return [ids.tolist() for ids in Encoder(tokenizer.backend_tokenizer).encode(texts)]
 
 
 # figures
@@ -118,7 +122,7 @@ def test_pieces_are_the_text_and_change_no_token(longest):
     bpe = train_bpe([TEXT], 400)
     found = list(pieces(TEXT, longest))
     assert "".join(found) == TEXT and max(map(len, found)) <= longest and len(found) > 1
-    assert [i for ids in _encode(bpe, found) for i in ids] == _encode(bpe, [TEXT])[0]
+    assert [i for ids in encode(bpe, found) for i in ids] == encode(bpe, [TEXT])[0]
 
 
 def test_pieces_end_where_a_line_ends_and_no_blank_follows():
@@ -237,7 +241,7 @@ def test_a_mistake_is_one_line_before_anything_is_written(words, message, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"", "datasets: no text in them"), (b"caf\xe9", "byte 3 (0xe9) is not UTF-8")]
+    ("content", "message"), [(b"", "datasets: no text in them"), (b"caf\xe9", "bytes that are not UTF-8")]
 )
 def test_text_that_cannot_be_used_is_one_line_and_leaves_nothing(content, message, tmp_path, capsys):
     (tmp_path / "x.txt").write_bytes(content)
@@ -278,7 +282,7 @@ def test_the_checks_are_those_of_llmkit_check(saved, tmp_path, capsys):
     assert check(saved(train_bpe([TEXT], 300)), "--dataset", str(tmp_path / "x.txt"), "--json", out) == 0
     found = json.loads(Path(out).read_text())
     assert [c["id"] for c in found["checks"]] == [c.id for c in runner.all_checks() if c.family == "tokenizer"]
-    assert found["shards"]["x"]["tokens"] == len(_encode(train_bpe([TEXT], 300), [TEXT])[0])
+    assert found["shards"]["x"]["tokens"] == len(encode(train_bpe([TEXT], 300), [TEXT])[0])
     assert found["tokenizer"]["store_dtype"] == "uint16" and found["vocabulary"]["ids"] == 300
     assert found["summary"]["exit_code"] == 0 and found["version"] == 1
     assert {c["id"]: c["status"] for c in found["checks"]}["ids-overflow-storage"] == "pass"
@@ -364,7 +368,7 @@ def test_a_tokenizer_written_in_python_is_read_less_and_that_is_told(tmp_path, c
         (["--tokenizer_name", "{folder}/broken"], "cannot be loaded (JSONDecodeError"),
         (["--tokenizer_name", "{tok}", "--dataset", "nosuch.jsonl"], "dataset='nosuch.jsonl': no such file"),
         (["--tokenizer_name", "{tok}", "--dataset", "{folder}/empty.txt"], "no text in it (1 empty documents)"),
-        (["--tokenizer_name", "{tok}", "--dataset", "{folder}/latin.txt"], "is not UTF-8"),
+        (["--tokenizer_name", "{tok}", "--dataset", "{folder}/latin.txt"], "bytes that are not UTF-8"),
         (["--tokenizer_name", "{tok}", "--plot", "x.png"], "nothing to draw without text"),
         (["--tokenizer_name", "{tok}", "--html", "{folder}"], "is a folder; name a file"),
     ],
@@ -384,11 +388,12 @@ def test_what_cannot_be_checked_is_one_line(words, message, saved, tmp_path, cap
 # storage, plot, tokens
 
 
-def test_the_store_takes_the_type_of_the_largest_id_not_of_their_number():
-    """Three ids, the last one 70,000: two bytes would hold 4,464."""
+def test_an_id_that_a_token_store_would_refuse_fails(saved, capsys):
+    """Three ids, the last one 70,000: the store takes its type from their number."""
     core = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "word": 70_000}, unk_token="<unk>"))
     holes = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
-    assert id_dtype(holes).name == "uint32" and id_dtype(train_char(["abc"])).name == "uint16"
+    assert check(saved(holes)) == 1
+    assert "largest id 70000, stored as uint16" in capsys.readouterr().out
 
 
 def test_a_plot_is_drawn_of_any_curves():

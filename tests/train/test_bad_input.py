@@ -48,7 +48,7 @@ MISTAKES = {
     "an empty slice": (text("corpus.txt", split="train[:0]"), "no text in it"),
     "a split that is none": (text("corpus.txt", split="test"), "split='test'"),
     "text shorter than a row": (text("short.txt") | {"packing_strategy": "contiguous"}, "short.txt train: 4 tokens"),
-    "text that is not UTF-8": (text("latin.txt"), "latin.txt: byte 3 (0xe9) is not UTF-8"),
+    "text that is not UTF-8": (text("latin.txt"), "latin.txt: bytes that are not UTF-8"),
     "an entry without path": ({"datasets": ["corpus.txt"]}, "datasets[0]='corpus.txt'"),
     "an unknown key of an entry": (text("corpus.txt", dat=3), "datasets[0]: unknown key 'dat'"),
     "data_files that are no names": (text(5), "data_files=5"),

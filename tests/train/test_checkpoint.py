@@ -297,26 +297,48 @@ def test_logs_are_cut_where_the_run_goes_on(tmp_path):
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+# `llmkit pretrain` that waits in its fourth step until a signal has come: how fast it trains decides nothing
+WAITING = """
+import os, signal, sys
+from pathlib import Path
+from llmkit import cli
+from llmkit.train import pretrain
+
+has_come, comes = os.pipe()
+os.set_blocking(comes, False)
+signal.set_wakeup_fd(comes)
+factor = pretrain.lr_factor
+
+def waiting_factor(step, *rest):
+    if step == 3:
+        Path(sys.argv[2]).touch()
+        os.read(has_come, 1)
+    return factor(step, *rest)
+
+pretrain.lr_factor = waiting_factor
+sys.exit(cli.main(["pretrain", sys.argv[1]]))
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_with_0(number, tmp_path):
     """A new process, since signals go to a process; the resumed run equals an uninterrupted one."""
-    whole = tmp_path / "whole"
-    keys = {"max_steps": 150, "logging_steps": 1}
+    whole, waits = tmp_path / "whole", tmp_path / "waits"
+    keys = {"max_steps": 8, "logging_steps": 1}
     path = tmp_path / "recipe.yaml"
     recipe = {"output_dir": str(tmp_path / "run"), "store_dir": str(tmp_path / "data")} | RECIPE | keys
     path.write_text(yaml.safe_dump(recipe))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "llmkit", "pretrain", str(path)]
+    command = [sys.executable, "-c", WAITING, str(path), str(waits)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    log = tmp_path / "run/metrics.jsonl"
-    while process.poll() is None and not (log.exists() and log.stat().st_size > 500):
+    while process.poll() is None and not waits.exists():
         time.sleep(0.02)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and not err, err
-    assert "stopped   by a signal at step" in out and "--resume_from_checkpoint true" in out
+    assert "stopped   by a signal at step 4 of 8" in out and "--resume_from_checkpoint true" in out
     result = json.loads((tmp_path / "run/result.json").read_text())
-    assert result["status"] == "stopped" and 0 < result["metrics"]["steps"] < 150
+    assert result["status"] == "stopped" and result["metrics"]["steps"] == 4
     again = run(tmp_path, resume_from_checkpoint=True, **keys)
     assert again["status"] == "ok"
     run(tmp_path, output_dir=str(whole), **keys)

@@ -41,6 +41,15 @@ def test_rows_hold_every_label_where_the_loss_reads_it(subject):
     assert all(label in (IGNORE, token) for label, token in zip(row.labels, row.input_ids, strict=True))
 
 
+def test_a_row_that_trains_nothing_keeps_its_first_token(subject, monkeypatch):
+    """Padding was cut from its end until nothing was left, and then an IndexError."""
+    batch = subject.training.loader.batch(0)
+    batch["shift_labels"][:] = IGNORE
+    monkeypatch.setattr(subject.training.loader, "batch", lambda step: batch)
+    row = subject.training.labelled_rows(1)[0]
+    assert row.input_ids == batch["input_ids"][0, :1].tolist() and row.labels == [IGNORE]
+
+
 def test_accumulated_gradients_are_those_of_one_batch(subject):
     training, rows = subject.training, subject.training.batches(1, 4, ragged=True)
     parts = training.batches(4, 1, ragged=True)

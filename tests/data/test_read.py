@@ -1,0 +1,151 @@
+"""Every row of a broken file is read, or named with its line and what is wrong with it."""
+
+import gzip
+import json
+import tracemalloc
+
+import pytest
+
+from llmkit.config import UserError
+from llmkit.data.read import EVERY, plan_shares, read_share
+from llmkit.data.sources import Source
+
+
+def rows(folder, source, share_bytes=1 << 20, limit=1000):
+    shares, total = plan_shares(source, folder, share_bytes)
+    return [row for share in shares for row in read_share(source, share, limit, total)]
+
+
+def jsonl(folder, *lines):
+    (folder / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    return rows(folder, Source(path="json", data_files="a.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "line, problem, note",
+    [
+        (b"not json", "bad-json", "not json"),
+        (b"[1, 2]", "bad-json", "[1, 2]"),
+        (b'{"text": "cut', "bad-json", "cut"),
+        (b'{"body": "x", "id": 3}', "missing-column", "no 'text' among body, id"),
+        (b'{"text": null}', "null", "text=None"),
+        (b'{"text": NaN}', "null", "text=nan"),
+        (b'{"text": {"a": null}}', "not-text", "text={'a': None}"),
+        (b'{"text": 7}', "not-text", "text=7"),
+        (b'{"text": "caf\xe9"}', "bad-utf8", "byte 13 (0xe9)"),
+        (rb'{"text": "x\ud800y"}', "lone-surrogate", "character 1"),
+        (rb'{"text": "x\u0000y"}', "nul-byte", "character 1"),
+        (b'{"text": "' + b"x" * 2000 + b'"}', "too-long", "2,013 bytes"),
+    ],
+)
+def test_a_bad_line_is_named_and_its_neighbours_are_read(tmp_path, line, problem, note):
+    good = b'{"text": "fine"}'
+    before, bad, after = jsonl(tmp_path, good, line, good)
+    assert (before.text, after.text) == ("fine", "fine") and not before.problem and not after.problem
+    assert bad.where == "a.jsonl line 2" and bad.problem == problem and note in bad.note
+
+
+def test_nested_columns_are_reached_and_their_nulls_named(tmp_path):
+    lines = [b'{"doc": {"text": "in"}}', b'{"doc": {"text": null}}', b'{"doc": null}', b'{"doc.text": "flat"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    found = rows(tmp_path, Source(path="json", data_files="a.jsonl", columns=["doc.text"]))
+    assert [(row.text, row.problem) for row in found] == [("in", None), ("", "null"), ("", "null"), ("flat", None)]
+
+
+def test_a_benchmark_row_gives_all_of_its_texts(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"question": "q", "n": 1, "choices": {"text": ["a", "b"]}}\n')
+    (row,) = rows(tmp_path, Source(path="json", data_files="a.jsonl", columns=[EVERY]))
+    assert row.text.split(EVERY) == ["q", "a", "b"]
+
+
+def test_lines_have_all_three_endings(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\nthree\rfour\n\nlast")
+    found = rows(tmp_path, Source(path="text", data_files="a.txt", sample_by="line"))
+    assert [(row.text, row.where.split()[-1]) for row in found] == [
+        ("one", "1"), ("two", "2"), ("three", "3"), ("four", "3"), ("", "4"), ("last", "5"),
+    ]  # fmt: skip
+
+
+def test_paragraphs_end_at_blank_lines(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\n a\nb\r\n \t\n\nc\n" + b"y" * 2000 + b"\n\nd")
+    found = rows(tmp_path, Source(path="text", data_files="a.txt", sample_by="paragraph"))
+    assert [(row.text, row.problem, row.where) for row in found] == [
+        (" a\nb", None, "a.txt line 2"),
+        ("", "too-long", "a.txt line 6"),
+        ("d", None, "a.txt line 9"),
+    ]
+
+
+@pytest.mark.parametrize("share_bytes", [7, 64, 1 << 20])
+def test_shares_hold_every_line_once_and_know_its_number(tmp_path, share_bytes):
+    lines = [f"line {i} " + "x" * (i * 7 % 40) for i in range(50)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    source = Source(path="text", data_files="a.txt", sample_by="line")
+    shares, total = plan_shares(source, tmp_path, share_bytes)
+    assert total == 50 and (len(shares) > 2) == (share_bytes < 1000)
+    found = rows(tmp_path, source, share_bytes)
+    assert [row.text for row in found] == lines
+    assert [row.where for row in found] == [f"a.txt line {i + 1}" for i in range(50)]
+
+
+@pytest.mark.parametrize(
+    "split, expected", [("train[:40%]", range(20)), ("train[45:]", range(45, 50)), ("train[3:5]", (3, 4))]
+)
+def test_a_slice_counts_rows_over_all_files(tmp_path, split, expected):
+    for name, numbers in (("a", range(30)), ("b", range(30, 50))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in numbers))
+    source = Source(path="json", data_files=["a.jsonl", "b.jsonl"], split=split)
+    assert [int(row.text) for row in rows(tmp_path, source, share_bytes=50)] == list(expected)
+
+
+def test_a_slice_of_one_text_counts_characters(tmp_path):
+    (tmp_path / "a.txt").write_text("0123456789")
+    assert rows(tmp_path, Source(path="text", data_files="a.txt", split="train[90%:]"))[0].text == "9"
+
+
+def test_a_gzip_that_was_cut_short_gives_what_it_holds_and_says_so(tmp_path):
+    whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(5000)), mtime=0)
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    found = rows(tmp_path, Source(path="json", data_files="a.jsonl.gz"))
+    assert [row.text for row in found[:-1]] == [str(i) for i in range(len(found) - 1)] and len(found) > 1000
+    assert found[-1].problem == "cut-short"
+
+
+def test_csv_and_parquet_rows(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "a.csv").write_bytes(b'id,text\n1,"a\nb"\n2,caf\xe9\n3,"x"y\n')
+    found = rows(tmp_path, Source(path="csv", data_files="a.csv"))
+    assert [(row.text, row.problem) for row in found] == [("a\nb", None), ("caf\udce9", "bad-utf8"), ("", "bad-csv")]
+    pq.write_table(pa.table({"text": ["a", None, "c"], "n": [1, 2, 3]}), tmp_path / "a.parquet", row_group_size=2)
+    source = Source(path="parquet", data_files="a.parquet")
+    found = rows(tmp_path, source)
+    assert [(row.where, row.text, row.problem) for row in found] == [
+        ("a.parquet row 0", "a", None), ("a.parquet row 1", "", "null"), ("a.parquet row 2", "c", None),
+    ]  # fmt: skip
+    (tmp_path / "b.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match=r"b.parquet: cannot be read as parquet"):
+        plan_shares(Source(path="parquet", data_files="b.parquet"), tmp_path)
+
+
+def test_toyworld_keeps_its_log_probabilities(tmp_path):
+    source = Source(path="builtin/toyworld", split="train[:6]", name="facts")
+    found = rows(tmp_path, source)
+    assert len(found) == 6 and all(row.log_prob < 0 for row in found)
+
+
+def test_one_long_line_is_never_held(tmp_path):
+    size = 30_000_000
+    with (tmp_path / "a.txt").open("wb") as file:
+        file.write(b"short\n")
+        for _ in range(30):
+            file.write(b"z" * (size // 30))
+        file.write(b"\nend\n")
+    shares, _ = plan_shares(source := Source(path="text", data_files="a.txt", sample_by="line"), tmp_path)
+    tracemalloc.start()
+    found = [row for share in shares for row in read_share(source, share, 1000)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [(row.text, row.problem) for row in found] == [("short", None), ("", "too-long"), ("end", None)]
+    assert found[1].note == f"{size + 1:,} bytes" and peak < 4e6
