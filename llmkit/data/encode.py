@@ -250,7 +250,7 @@ def merge_stores(parts: Sequence[Path], folder: Path) -> dict[str, int]:
             _append_file(part / NAME, tokens)
             if (found := tokens.tell() // width - offset) != manifest["num_tokens"]:
                 raise UserError(
-                    f"{part / NAME}: holds {found} tokens, its manifest says {manifest['num_tokens']}; tokenise it again"
+                    f"{part / NAME}: holds {found} tokens, its manifest says {manifest['num_tokens']}; tokenise again"
                 )
             (np.fromfile(part / f"{NAME}.index", "<u8") + np.uint64(offset)).tofile(index)
             offset += manifest["num_tokens"]

@@ -318,7 +318,7 @@ def test_parts_of_different_tokenizers_are_not_joined(write, tmp_path):
 def test_part_that_was_cut_short_is_not_joined(write, tmp_path):
     write("a", ["abc"])
     (tmp_path / "a/tokens.ds").write_bytes(b"\0\0")
-    with pytest.raises(UserError, match="a/tokens.ds: holds 1 tokens, its manifest says 4"):
+    with pytest.raises(UserError, match=r"a/tokens.ds: holds 1 tokens, its manifest says 4"):
         merge_stores([tmp_path / "a"], tmp_path / "merged")
 
 
