@@ -23,11 +23,12 @@ from ..config import DataConfig, UserError
 from ..report.corpus import print_summary
 from ..run import Run, is_disk_full, run_status
 from . import clean, dedup, finish, stages
-from .read import EVERY, SHARE_BYTES, Share, plan_shares
-from .sources import parse_sources, source_fingerprint
+from .read import EVERY, Share, plan_shares, share_size
+from .sources import find_builder, find_files, parse_sources, source_fingerprint
 from .stages import HELD_OUT_SHARD, Plan, Stage, Task
 
 SMALL_BYTES = 8 << 20  # one process is as fast
+MANY_WORKERS = 64  # of a cluster, where the recipe does not say
 MIN_VERSION = "1"  # of the work folder's layout
 NOT_OF_THE_TEXT = ("output_dir", "engine", "engine_kwargs", "num_workers", "dry_run", "keep_work", "max_bad_rows")
 
@@ -84,18 +85,23 @@ def make_plan(config: DataConfig) -> Plan:
             )
     tasks, rows = [], []
     for i, source in enumerate([*train, *held_back]):
-        shares, count = plan_shares(source, data_dir)
+        files = find_files(source, data_dir) if find_builder(source) else []
+        size = share_size(sum(path.stat().st_size for path in files), num_workers(config))
+        shares, count = plan_shares(source, data_dir, size)
         rows.append(count)
-        tasks += [Task(i, group) for group in _groups(shares)]
-    config = dataclasses.replace(config, data_dir=str(data_dir))
+        tasks += [Task(i, group) for group in _groups(shares, size)]
     return Plan(config, config.output_dir, [*train, *held_back], stores, len(train), rows, tasks, benchmarks)
 
 
-def _groups(shares: list[Share]) -> Iterator[list[Share]]:
-    """Small files together, so that a task has about SHARE_BYTES to read."""
+def num_workers(config: DataConfig) -> int:
+    return config.num_workers or (os.cpu_count() or 1 if config.engine == "local" else MANY_WORKERS)
+
+
+def _groups(shares: list[Share], share_bytes: int) -> Iterator[list[Share]]:
+    """Small files together, so that a task has about `share_bytes` to read."""
     held: list[Share] = []
     for share in shares:
-        if held and (not share.size or sum(s.size for s in held) + share.size > SHARE_BYTES):
+        if held and (not share.size or sum(s.size for s in held) + share.size > share_bytes):
             yield held
             held = []
         held.append(share)
@@ -150,9 +156,12 @@ def main(config: DataConfig) -> Any:
             f"output_dir={config.output_dir!r}: holds a finished corpus; choose another, or remove that folder"
         )
     tokenizer = _named_tokenizer(config)
-    plan = make_plan(config)
     key = work_key(config)
     work = output / "work" / key
+    if (work / "plan.json").exists():  # the tasks stay as they were cut, whatever num_workers is now
+        plan = dataclasses.replace(Plan.load(str(work)), config=config)
+    else:
+        plan = make_plan(config)
     if config.dry_run:
         was_there = output.exists()
         executor.submit(make_stages(plan, work), work / "logs", config, console)
@@ -193,10 +202,10 @@ def _run(plan: Plan, work: Path, console: Console) -> dict[str, Any] | None:
         executor.submit(make_stages(plan, work), work / "logs", config, console)
         return None
     size = sum(share.size for task in plan.tasks for share in task.shares)
-    num_workers = config.num_workers or (1 if 0 < size < SMALL_BYTES else os.cpu_count() or 1)
+    workers = 1 if 0 < size < SMALL_BYTES and not config.num_workers else num_workers(config)
     much = f"{size / 1e6:,.1f} MB to read, " if size else ""
-    console.print(f"plan      {much}{len(plan.tasks)} tasks, at most {num_workers} at a time")
-    executor.run_local(make_stages(plan, work), work / "logs", num_workers, console)
+    console.print(f"plan      {much}{len(plan.tasks)} tasks, at most {workers} at a time")
+    executor.run_local(make_stages(plan, work), work / "logs", workers, console)
     figures = json.loads((output / "report.json").read_text(encoding="utf-8"))
     print_summary(figures, console)
     console.print(f"report    {output / 'report.html'}", soft_wrap=True, highlight=False)

@@ -58,7 +58,7 @@ def test_two_workers_and_many_shares_make_the_same_store(tmp_path, monkeypatch):
     texts = [sentence(i) for i in range(300)] + [sentence(5), sentence(7).upper()]
     out = []
     for workers, share_bytes in ((1, 1 << 20), (2, 2000)):
-        monkeypatch.setattr(prepare, "SHARE_BYTES", share_bytes)
+        monkeypatch.setattr(prepare, "share_size", lambda *_, size=share_bytes: size)
         folder = tmp_path / str(workers)
         folder.mkdir()
         config = corpus(folder, texts, num_workers=workers, near_dedup=True, test_split_size=0.1)
@@ -237,7 +237,7 @@ def test_a_bad_row_stops_or_is_counted(tmp_path, row, message):
 
 
 def test_bad_rows_of_all_tasks_count_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "SHARE_BYTES", 600)
+    monkeypatch.setattr(prepare, "share_size", lambda *_: 600)
     texts = [b"{" if i % 10 == 0 else sentence(i) for i in range(60)]
     with pytest.raises(UserError, match="6 bad rows so far, max_bad_rows=5"):
         prepare.main(corpus(tmp_path, texts, max_bad_rows=5))
