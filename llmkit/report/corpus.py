@@ -159,7 +159,7 @@ def _flow(flow: list[dict[str, Any]]) -> str:
         rows.append([step["step"], step["documents"], f"−{lost_rows:,}" if lost_rows > 0 else "", bars[0],
                      size_text(step.get("bytes")), bars[1]])  # fmt: skip
         before = {key: step.get(key) for key in most}
-    key = 'What is <i class="key"></i>left, and what the step <i class="key lost"></i>took. Held-back files are not in.'
+    key = 'What is <i class="key"></i>left, and what the step <i class="key lost"></i>took. Without held-back files.'
     head = ["after", ">documents", ">lost", "|", ">size", "||"]
     return f'<h2>The training text, step by step</h2><p class="soft small">{key}</p>{table(head, rows)}'
 

@@ -41,9 +41,9 @@ p.fine { border-left: 5px solid var(--good); background: var(--card); padding: .
 table { border-collapse: collapse; width: 100%; font-size: .93rem; }
 td, th { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; font-size: .86rem; vertical-align: bottom; overflow-wrap: normal; }
-td:first-child:not(.n) { min-width: 8rem; }
+td:not(.n, .bar) { min-width: 7rem; } td:first-child:not(.n) { min-width: 8rem; }
 td.n, th.n { text-align: right; width: 1%; font-variant-numeric: tabular-nums; } td.n { white-space: nowrap; }
-th.n { min-width: 4.4rem; }
+th.n { min-width: 5.2rem; }
 td.bar, th.bar { width: 26%; min-width: 5rem; } td:last-child, th:last-child { padding-right: 0; }
 .track { display: flex; height: .8rem; margin-top: .35rem; border-radius: .1rem; overflow: hidden; }
 .track i { background: var(--bar); print-color-adjust: exact; -webkit-print-color-adjust: exact; }
