@@ -27,14 +27,16 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 ARMS = ("llmkit", "datasets", "bare")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 VOCAB_SIZE, TRAINING_BYTES = 32768, 50_000_000
+LONGEST = 250_000  # a few tables in Python are longer and have no place to cut: llmkit counts and refuses those
 LONG_WORD = re.compile(r"\b[A-Za-z_]{5,}\b")
 
 
@@ -48,7 +50,7 @@ def sources() -> Iterator[str]:
                 text = path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError):
                 continue
-            if text.strip() and "\0" not in text:
+            if text.strip() and "\0" not in text and len(text) < LONGEST:
                 yield text
 
 
@@ -88,9 +90,15 @@ def get_tokenizer(folder: Path) -> Path:
 # the arms, each in its own process
 
 
-def write_part(text: Path, tokenizer: Path, folder: Path, share_and_rank: tuple) -> int:
+@lru_cache(1)
+def get_core(tokenizer: Path) -> Any:
+    """One for each process: what it has learnt about words stays for the next share."""
     from tokenizers import Tokenizer
 
+    return Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+
+
+def write_part(text: Path, tokenizer: Path, folder: Path, share_and_rank: tuple) -> int:
     from llmkit.data.encode import StoreWriter
     from llmkit.data.read import read_share
     from llmkit.data.sources import Source
@@ -98,7 +106,7 @@ def write_part(text: Path, tokenizer: Path, folder: Path, share_and_rank: tuple)
     share, rank = share_and_rank
     part = folder / f"{rank:05d}"
     part.mkdir(parents=True)
-    core = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    core = get_core(tokenizer)
     writer = StoreWriter(part, core, core.token_to_id("<|endoftext|>"))
     held, size = [], 0
     for row in read_share(Source(path="json", data_files=str(text)), share, 64 << 20):

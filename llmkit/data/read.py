@@ -93,7 +93,7 @@ def _open(path: str) -> Any:
 
 def share_size(num_bytes: int, num_workers: int) -> int:
     """Bytes of a share: so small that all workers have several, within 1 and 16 MB."""
-    return max(1 << 20, min(SHARE_BYTES, num_bytes // (4 * num_workers)))
+    return max(1 << 20, min(SHARE_BYTES, num_bytes // (16 * num_workers)))
 
 
 def plan_shares(source: Source, data_dir: Path, share_bytes: int = SHARE_BYTES) -> tuple[list[Share], int]:

@@ -413,14 +413,19 @@ def training_texts(work: str, plan: Plan, num_bytes: int) -> Iterator[str]:
                 return
 
 
-def tokenise(work: str, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-    """The documents of a task as tokens, one part for each store that they go to."""
+@lru_cache(1)
+def _core(work: str) -> Any:
+    """One tokenizer for each process: what it has learnt about words stays for the next task."""
     from tokenizers import Tokenizer
 
+    return Tokenizer.from_file(str(Path(work, "tokenizer", "tokenizer.json")))
+
+
+def tokenise(work: str, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+    """The documents of a task as tokens, one part for each store that they go to."""
     plan = Plan.load(work)
     task = plan.tasks[rank]
     ids = json.loads(Path(work, "ids.json").read_text(encoding="utf-8"))
-    core = Tokenizer.from_file(str(Path(work, "tokenizer", "tokenizer.json")))
     is_train = task.source < plan.num_train
     fates = final_fates(work, plan, rank) if is_train else None
     notes = clean.Notes()
@@ -431,7 +436,7 @@ def tokenise(work: str, data: Any = None, rank: int = 0, world_size: int = 1) ->
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         wanted = (d for n, d in enumerate(_documents(work, rank)) if fates is None or fates[n] == fate)
-        writer, seen = StoreWriter(part, core, ids["eos"], ids["unk"]), 0
+        writer, seen = StoreWriter(part, _core(work), ids["eos"], ids["unk"]), 0
         while batch := list(itertools.islice(wanted, 1024)):
             known = len(writer.refused)
             writer.write([d["text"] for d in batch], [d.get("log_prob") for d in batch])
