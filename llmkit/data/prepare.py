@@ -1,7 +1,7 @@
 """The verb `llmkit data`: sources -> clean -> deduplicate -> split -> decontaminate -> tokenise -> stores and report.
 
-Owns the order of the steps and where they run: every step is a datatrove pipeline, so that a laptop, Slurm and Ray run
-the same code. A run that was cut goes on where it stopped; nothing appears in the corpus folder before it is whole.
+Owns the recipe's meaning and the order of the steps: each is a datatrove pipeline, so that a laptop, Slurm and Ray run
+the same code. A run that was cut goes on where it stopped; no store appears in the corpus folder before it is whole.
 
     main(config)    # DataConfig; prints what came out, writes report.html, report.json, result.json
 """
@@ -29,7 +29,7 @@ from .stages import HELD_OUT_SHARD, Plan, Stage, Task
 
 SMALL_BYTES = 8 << 20  # one process is as fast
 MANY_WORKERS = 64  # of a cluster, where the recipe does not say
-MIN_VERSION = "1"  # of the work folder's layout
+LAYOUT = 1  # of the work folder: an unfinished run of another one starts afresh
 NOT_OF_THE_TEXT = ("output_dir", "engine", "engine_kwargs", "num_workers", "dry_run", "keep_work", "max_bad_rows")
 
 
@@ -134,7 +134,7 @@ def make_stages(plan: Plan, work: Path) -> list[Stage]:
 def work_key(config: DataConfig) -> str:
     """Changes with the text and with every setting that decides what becomes of it."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_OF_THE_TEXT}
-    digest = hashlib.sha256(json.dumps([MIN_VERSION, settings], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([LAYOUT, settings], sort_keys=True).encode())
     for key in ("datasets", "eval_datasets", "benchmark_datasets"):
         for source in parse_sources(getattr(config, key), key):
             digest.update(source_fingerprint(source, Path(config.data_dir)).encode())

@@ -3,14 +3,14 @@
 Owns the work folder. The text is written once, by `read`; every later step writes only decisions about documents:
 
     work/plan.json          what is to be done, and the shares of the sources that each task reads
-    work/docs/00000.jsonl   the documents that a task kept: {"text", "where", "log_prob"}; .index: where each begins
+    work/docs/00000.jsonl   the documents that a task kept: {"text", "where", "log_prob"}; .npy: where each begins
     work/hashes/00000.npy   (num_docs, 2) uint64 of the normalised text
     work/notes/STEP-00000.json   what was counted, with examples
     work/fates/STEP/00000.npy    (num_docs,) uint8, one of FATES
     work/parts/STORE/00000/      tokens
 
 A step is `step(work, data, rank, world_size)`. A task that is run again writes the same files. Leaves out in which
-order the steps run and where (`prepare.py`). Light imports: this runs in many processes.
+order the steps run (`prepare.py`) and where (`executor.py`). Light imports: this runs in many processes.
 """
 
 import dataclasses

@@ -223,3 +223,16 @@ def test_fraction_that_would_never_be_drawn_is_an_error(corpus):
 def test_too_little_text_for_contiguous_rows_is_an_error_that_says_what_fits(make_store, context):
     with pytest.raises(UserError, match=rf"somewhere: 7 tokens .* max_length={context}; allowed: max_length up to 3"):
         packed(make_store(["abcdef"]), context, "contiguous")
+
+
+def test_four_ranks_together_see_every_row_exactly_once_an_epoch(corpus):
+    rows = packed(corpus())
+    loader = Loader([rows], rows_per_step=4, seed=0)
+    drawn = [
+        tuple(loader.batch(step, rank, 4)["input_ids"][0].tolist())
+        for step in range(rows.num_rows)
+        for rank in range(4)
+    ]
+    expected = sorted(map(tuple, rows.assemble(np.arange(rows.num_rows))["input_ids"].tolist()))
+    for epoch in range(4):
+        assert sorted(drawn[epoch * rows.num_rows : (epoch + 1) * rows.num_rows]) == expected
