@@ -101,7 +101,8 @@ def _groups(shares: list[Share], share_bytes: int) -> Iterator[list[Share]]:
     """Small files together, so that a task has about `share_bytes` to read."""
     held: list[Share] = []
     for share in shares:
-        if held and (not share.size or sum(s.size for s in held) + share.size > share_bytes):
+        is_unknown = share.path is None and not share.size
+        if held and (is_unknown or sum(s.size for s in held) + share.size > share_bytes):
             yield held
             held = []
         held.append(share)
