@@ -15,6 +15,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import re
 import sys
 import zlib
@@ -71,6 +72,7 @@ class Share:
     first_row: int = 0  # lines of the file before it
     before: int = 0  # rows of the source before this file
     size: int = 0  # bytes, about
+    name: str = ""  # of the file, from data_dir on
 
 
 def _kind(source: Source, path: str) -> str:
@@ -122,7 +124,8 @@ def plan_shares(source: Source, data_dir: Path, share_bytes: int = SHARE_BYTES) 
     rows = 0
     for path in map(str, find_files(source, data_dir)):
         found, count = _file_shares(path, _kind(source, path), share_bytes, "[" in source.split)
-        shares += [dataclasses.replace(share, before=rows) for share in found]
+        name = os.path.relpath(path, data_dir) if Path(path).is_relative_to(data_dir) else path
+        shares += [dataclasses.replace(share, before=rows, name=name) for share in found]
         rows += count
     return shares, rows
 
@@ -203,7 +206,7 @@ def _unfiled(source: Source, share: Share) -> Iterator[Row]:
 def _file_rows(kind: str, share: Share, max_doc_bytes: int, columns: list) -> Iterator[Row]:
     """Every row of a share of a file, good or bad, in order."""
     path = str(share.path)
-    name = Path(path).name
+    name = share.name
     if kind == "parquet":
         yield from _parquet(share, columns)
         return
@@ -371,7 +374,7 @@ def _csv(file: IO[bytes], columns: list, name: str) -> Iterator[Row]:
 def _parquet(share: Share, columns: list) -> Iterator[Row]:
     import pyarrow.parquet
 
-    name, file = Path(str(share.path)).name, pyarrow.parquet.ParquetFile(share.path)
+    name, file = share.name, pyarrow.parquet.ParquetFile(share.path)
     head = columns[0].split(".")[0]
     column = columns[0] if columns[0] in file.schema_arrow.names else head
     if column != EVERY and column not in file.schema_arrow.names:

@@ -98,6 +98,14 @@ def test_a_slice_counts_rows_over_all_files(tmp_path, split, expected):
     assert [int(row.text) for row in rows(tmp_path, source, share_bytes=50)] == list(expected)
 
 
+def test_files_of_one_name_are_told_apart(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text(folder)
+    found = rows(tmp_path, Source(path="text", data_files="**/x.txt"))
+    assert [(row.where, row.text) for row in found] == [("a/x.txt", "a"), ("b/x.txt", "b")]
+
+
 def test_a_slice_of_one_text_counts_characters(tmp_path):
     (tmp_path / "a.txt").write_text("0123456789")
     assert rows(tmp_path, Source(path="text", data_files="a.txt", split="train[90%:]"))[0].text == "9"
