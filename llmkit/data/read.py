@@ -23,8 +23,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import orjson
-
 from ..config import UserError
 from . import toyworld
 from .sources import Source, bound, describe, find_builder, find_files, hub_rows, parse_split, toyworld_range
@@ -281,18 +279,15 @@ def _decoded(raw: bytes, where: str) -> Row:
 
 
 def _json(line: bytes, columns: list, where: str) -> Row:
+    if not line.strip():
+        return Row(where, "")
     try:
-        return _value(orjson.loads(line), columns, where)
-    except orjson.JSONDecodeError as error:
-        if not line.strip():
-            return Row(where, "")
-        try:  # the standard library takes lone surrogates and NaN
-            return _value(json.loads(line.decode("utf-8")), columns, where)
-        except UnicodeDecodeError:
-            return _decoded(line, where)
-        except ValueError:
-            shown = line[:80].decode("utf-8", "backslashreplace").rstrip("\n")
-            return _bad(where, "bad-json", f"{str(error).split(':')[0]}: {shown}")
+        return _value(json.loads(line.decode("utf-8")), columns, where)
+    except UnicodeDecodeError:
+        return _decoded(line, where)
+    except ValueError as error:
+        shown = line[:80].decode("utf-8", "backslashreplace").rstrip("\n")
+        return _bad(where, "bad-json", f"{str(error).split(':')[0]}: {shown}")
 
 
 def _texts(value: Any) -> Iterator[str]:
