@@ -24,7 +24,7 @@ from .stages import Stage
 
 POLL_S = 0.3
 PRELOADED = ["llmkit.data.executor", "llmkit.data.finish", "datatrove.pipeline.dedup.minhash"]  # else 0.7 s a worker
-KILLED = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS)
+KILLED = [-getattr(signal, name) for name in ("SIGKILL", "SIGSEGV", "SIGBUS") if hasattr(signal, name)]
 
 
 class QuietExecutor(LocalPipelineExecutor):
