@@ -20,6 +20,7 @@ from llmkit.data.tokenizer import train_bpe, train_char
 TEXT = [
     "The cat's tail isn't 12345 cm; we'll see!\n\n  He said: \"no\"...\n\tdef f(x):\r\n    return x/2  # done\n",
     "élan naïve Straße. Ünïcode\nЖили-были дед да баба\n東京は晴れ。\nそして夜。\n한국어 텍스트\n<|im_end|> [MASK] a_b",
+    *("  \n", " \n", "\n", "!\n", "\r\n", "\t\n", "\n\n", "x "),  # with ids of their own, so that a false cut shows
 ] * 20
 BYTES = pre_tokenizers.ByteLevel.alphabet()
 SPLITS = {"qwen2": cuts._QWEN2, "qwen3.5": cuts._QWEN35, "llama3": cuts._LLAMA3, "o200k": cuts._O200K}
@@ -147,6 +148,17 @@ def test_every_single_cut_place_keeps_the_ids(name):
         halves = [part for p in places for part in (text[:p], text[p:])]
         ids = [e.ids for e in core.encode_batch_fast(halves, add_special_tokens=False)]
         assert all(a + b == whole for a, b in zip(ids[::2], ids[1::2], strict=True))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 7, 100])
+def test_the_last_place_before_the_limit_is_found(monkeypatch, stride):
+    monkeypatch.setattr(cuts, "STRIDE", stride)
+    find_cut = Encoder(gpt2_like()).find_cut
+    text = "aa b cc,  d\ne ff g\n\nh i"
+    places = [2, 4, 12, 13, 16, 21]  # 12 follows a line feed
+    for low in range(len(text)):
+        for high in range(low, len(text)):
+            assert find_cut(text, low, high) == max((p for p in places if low < p <= high), default=None)
 
 
 def test_normalizers_keep_what_stands_beside_a_cut():
