@@ -175,24 +175,36 @@ def _check_sample(store: Store, tokenizer: PreTrainedTokenizerBase, num_docs: in
     """Decodes a few documents and tokenises them again: another tokenizer or a changed one gives other ids."""
     encoder = Encoder(_core(tokenizer), max_bytes=1 << 30)  # 2,000 ids at a time
     for i in range(min(num_docs, len(store.ends))):
-        *body, last = store.tokens[store.starts[i] : int(store.ends[i])].tolist()
-        if max(body, default=0) >= len(tokenizer):
+        ids = store.tokens[store.starts[i] : int(store.ends[i])]
+        body, last = ids[:-1], int(ids[-1]) if len(ids) else None
+        if body.max(initial=0) >= len(tokenizer):
             raise UserError(
-                f"{store.folder}: document {i} has id {max(body)} of {len(tokenizer)}; set its tokenizer_name"
+                f"{store.folder}: document {i} has id {body.max()} of {len(tokenizer)}; set its tokenizer_name"
             )
         if last != tokenizer.eos_token_id:
             raise UserError(
                 f"{store.folder}: document {i} ends with id {last}, not with EOS ({tokenizer.eos_token_id}); "
                 "set its tokenizer_name, or tokenise again with EOS (datatrove: eos_token=)"
             )
-        head = body[:2000]
-        num_sure = len(body) if len(body) <= 2000 else 1000  # the last words of a cut text may split otherwise
-        text = tokenizer.decode(head, clean_up_tokenization_spaces=False)
-        [again] = encoder.encode([text])
-        if body and again is not None and again[:num_sure].tolist() != head[:num_sure]:
+        head = body[:2000].tolist()
+        num_sure = len(head) if len(body) <= 2000 else 1000  # the last words of a cut text may split otherwise
+        if not any(
+            _again(encoder, tokenizer, head, is_text)[:num_sure] == head[:num_sure] for is_text in (True, False)
+        ):
             raise UserError(
                 f"{store.folder}: document {i} tokenises to other ids now; tokenise again or set its tokenizer_name"
             )
+
+
+def _again(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, ids: list[int], is_text: bool) -> list[int]:
+    """The ids of what these decode to, special-token strings read as text (ours) or as control tokens (datatrove)."""
+    encoder.core.encode_special_tokens = is_text
+    try:
+        [again] = encoder.encode([tokenizer.decode(ids, clean_up_tokenization_spaces=False)])
+    finally:
+        encoder.core.encode_special_tokens = True
+    assert again is not None, "2,000 ids are encoded in one piece"
+    return again.tolist()
 
 
 @dataclass(frozen=True)

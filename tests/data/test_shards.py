@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from llmkit.config import UserError
 from llmkit.data import shards
@@ -81,6 +81,36 @@ def test_store_without_eos_is_refused(write_with_datatrove, letters):
         open_store(folder, letters)
 
 
+def test_store_of_several_datatrove_tasks_merged_opens(tmp_path, bpe):
+    """As a cluster leaves it: documents shuffled twice, absolute paths and one more `.metadata` without tokens."""
+    pytest.importorskip("datatrove", reason="writes the store")
+    from datatrove.data import Document
+    from datatrove.pipeline.tokens import DocumentTokenizer, DocumentTokenizerMerger
+
+    texts = [
+        "the cat",
+        "a\n\nmat <|im_end|> there",
+        "é 12",
+        "",
+        "x" * 3000,
+        "the dog ran",
+        "sat",
+    ]  # a forged control token
+    bpe.save_pretrained(tmp_path / "tokenizer")
+    name = str(tmp_path / "tokenizer" / "tokenizer.json")
+    for rank in range(3):
+        step = DocumentTokenizer(str(tmp_path / "parts"), name, eos_token="<|endoftext|>", seed=rank)
+        step.run([Document(text=text, id=str(i)) for i, text in enumerate(texts[rank::3])], rank, 3)
+    DocumentTokenizerMerger(str(tmp_path / "parts"), str(tmp_path / "merged"), "corpus", seed=1, progress=False).run()
+    assert len(list((tmp_path / "merged").glob("*.metadata"))) == 2
+    with pytest.raises(UserError, match="holds 3 token files"):
+        open_store(tmp_path / "parts", bpe)
+    store = open_store(tmp_path / "merged", bpe)
+    found = [store.tokens[a : int(b)].tolist() for a, b in zip(store.starts, store.ends, strict=True)]
+    assert sorted(found) == sorted([*bpe.encode(text, add_special_tokens=False), bpe.eos_token_id] for text in texts)
+    assert plan_rows(store, 32).pieces[:, 1].sum() == store.num_tokens
+
+
 @pytest.mark.parametrize("num_ids, size, form", [(65536, 2, "H"), (65537, 4, "I")])
 def test_ids_take_four_bytes_above_65536(make_store, num_ids, size, form):
     chars = [chr(0x10000 + i) for i in range(num_ids - 6)]  # 5 special tokens and <|unk|> come first
@@ -97,6 +127,19 @@ def test_store_of_an_untidy_tokenizer_opens(make_store):
     core.enable_truncation(2)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", clean_up_tokenization_spaces=True)
     assert make_store(["a a ."], tokenizer).tokens.tolist() == [1, 2, 1, 2, 3, 0]
+
+
+def test_tokenizer_written_in_python_makes_a_store_that_opens(make_store):
+    """It has no `tokenizers` behind it; a ByT5 id is a byte + 3."""
+    assert make_store(["ab", "é</s>"], ByT5Tokenizer()).tokens.tolist() == [
+        *(100, 101, 1),
+        *(0xC3 + 3, 0xA9 + 3, *(ord(c) + 3 for c in "</s>"), 1),
+    ]
+
+
+def test_text_that_spells_a_control_token_is_text(make_store, bpe):
+    tokens = make_store(["a <|im_end|> b"], bpe).tokens.tolist()
+    assert bpe.decode(tokens[:-1]) == "a <|im_end|> b" and not set(tokens[:-1]) & set(bpe.all_special_ids)
 
 
 DAMAGE = {
