@@ -19,7 +19,7 @@ import json
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -32,7 +32,7 @@ from ..config import DataConfig, UserError
 from ..run import write_json
 from . import clean, dedup
 from .decontaminate import Index, judge
-from .encode import MAX_BYTES, StoreWriter
+from .encode import BATCH_BYTES, MAX_BYTES, StoreWriter
 from .read import EVERY, PROBLEMS, Row, Share, plan_shares, read_share
 from .sources import Source
 from .words import RUN, ngrams, pieces, text_hash, word_hashes, words
@@ -413,6 +413,20 @@ def training_texts(work: str, plan: Plan, num_bytes: int) -> Iterator[str]:
                 return
 
 
+def _batched(documents: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Documents of about a megabyte together, so that long ones are not held side by side."""
+    batch: list[dict[str, Any]] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document["text"])
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 @lru_cache(1)
 def _core(work: str) -> Any:
     """One tokenizer for each process: what it has learnt about words stays for the next task."""
@@ -437,7 +451,7 @@ def tokenise(work: str, data: Any = None, rank: int = 0, world_size: int = 1) ->
         part.mkdir(parents=True)
         wanted = (d for n, d in enumerate(_documents(work, rank)) if fates is None or fates[n] == fate)
         writer, seen = StoreWriter(part, _core(work), ids["eos"], ids["unk"]), 0
-        while batch := list(itertools.islice(wanted, 1024)):
+        for batch in _batched(wanted):
             known = len(writer.refused)
             writer.write([d["text"] for d in batch], [d.get("log_prob") for d in batch])
             for position, size in writer.refused[known:]:
