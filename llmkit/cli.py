@@ -27,6 +27,8 @@ VERBS: dict[str, tuple[str, type, str]] = {
     "tokenizer check": ("data.tokenizer_check", config.TokenizerCheckConfig, "check any tokenizer, also on your text"),
     "inspect": ("data.inspect_verb", config.InspectConfig, "show what the model will really see, token by token"),
     "pretrain": ("train.pretrain", config.PretrainConfig, "train a causal LM from scratch, or go on training one"),
+    "sft": ("align.sft", config.SftConfig, "tune any causal LM on instructions: full, LoRA, QLoRA, DoRA"),
+    "merge": ("align.merge", config.MergeConfig, "write adapter and base as one plain model, checked"),
     "generate": ("deploy.generate", config.GenerateConfig, "continue a prompt, streaming"),
     "export": ("deploy.export", config.ExportConfig, "write a plain Qwen3 or Llama folder that needs no llmkit"),
 }

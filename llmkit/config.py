@@ -183,6 +183,120 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SftConfig:
+    """Tune any causal LM on instructions (full, LoRA, QLoRA, DoRA): every key of TRL's SFTConfig works, these are ours.
+
+    llmkit sft recipe.yaml [--key value ...]
+    """
+
+    PASSES_ON: typing.ClassVar[str] = "SFTConfig"
+
+    output_dir: str = required("run folder; must not hold another run")
+    overfit: int | None = option(
+        None, "first of all: train on so many rows only, to no loss, and see every answer come back word for word"
+    )
+    # model
+    model_name_or_path: str = required("run folder, model folder or Hub id to start from")
+    model_revision: str = option("main", "branch, tag or commit of a Hub id")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "float32", "of the weights; auto: as stored. Whole models train in float32, with bf16 autocast where there is"
+    )
+    attn_implementation: str | None = option(None, "eager, sdpa, flash_attention_2, flex_attention; null: the default")
+    trust_remote_code: bool = option(False, "run the code that comes with model_name_or_path")
+    # PEFT
+    use_peft: bool = option(False, "train a LoRA adapter; adapter/ holds it, model/ the merged weights")
+    lora_r: int = option(16, "LoRA rank")
+    lora_alpha: int = option(32, "LoRA scale: the update is multiplied by lora_alpha / lora_r")
+    lora_dropout: float = option(0.05, "dropout on the LoRA input")
+    lora_target_modules: str | list = option("all-linear", "modules that get an adapter")
+    lora_modules_to_save: list | None = option(None, "modules trained in full and saved with the adapter, e.g. [lm_head]")
+    use_rslora: bool = option(False, "scale by lora_alpha / sqrt(lora_r) instead (Kalajdzievski 2023)")
+    use_dora: bool = option(False, "train magnitude and direction apart (DoRA, Liu et al. 2024)")
+    load_in_4bit: bool = option(False, "QLoRA: the base in 4 bit (bitsandbytes; works on CPUs too)")
+    load_in_8bit: bool = option(False, "the base in 8 bit, the same")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "4-bit number format")
+    use_bnb_nested_quant: bool = option(False, "quantise the scales too")
+    # data
+    datasets: list = option(
+        [], "training rows: list of {path, name, split, data_files, columns, format, fraction}; text, chat or pairs"
+    )
+    eval_datasets: list = option([], "validation shards: the same, each with a shard name `shard`")
+    data_dir: str = option(".", "folder that relative data_files start from")
+    test_split_size: float = option(0.0, "share of the training rows held out as the shard `validation`, by data_seed")
+    max_bad_rows: int = option(0, "rows that cannot be trained on: so many are counted and left out")
+    chat_template_path: str | None = option(
+        None, "a .jinja file, or `chatml`; null: the tokenizer's own, or ChatML where it has none"
+    )
+    eos_token: str | None = option(None, "token that ends an answer; null: the template's own end of turn")
+    max_length: int = option(1024, "tokens in a row; a longer row is a bad row, since its answer would be cut")
+    packing: bool = option(False, "several rows in one, kept apart by position_ids")
+    packing_strategy: Literal["bfd", "bfd_split", "wrapped"] = option("bfd", "bfd: best fit, whole rows")
+    assistant_only_loss: bool | None = option(None, "train on every answer of a chat; null: on chats, yes")
+    completion_only_loss: bool | None = option(None, "train on the completion only; null: on prompt/completion, yes")
+    # optimisation
+    max_steps: int = option(0, "optimiser steps; 0: num_train_epochs decide")
+    num_train_epochs: float = option(3.0, "passes over the rows when max_steps is 0")
+    per_device_train_batch_size: int = option(8, "rows per process and forward pass")
+    gradient_accumulation_steps: int = option(1, "forward passes per step; exact: divides by the tokens of all of them")
+    optim: str = option("adamw_torch_fused", "any optimiser of TrainingArguments")
+    learning_rate: float = option(2e-5, "peak rate; LoRA wants about ten times that of full training")
+    weight_decay: float = option(0.0, "decoupled decay of matrices and embeddings; norms and biases get none")
+    adam_beta1: float = option(0.9, "AdamW beta1")
+    adam_beta2: float = option(0.999, "AdamW beta2")
+    adam_epsilon: float = option(1e-8, "AdamW epsilon")
+    max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: never")
+    lr_scheduler_type: str = option("linear", "any schedule of TrainingArguments: linear, cosine, constant, ...")
+    lr_scheduler_kwargs: dict = option({}, "settings of that schedule")
+    warmup_steps: float = option(0.03, "steps of linear warm-up; below 1 a share of all steps")
+    bf16: bool | None = option(None, "bfloat16 autocast; null: where the GPU has it")
+    gradient_checkpointing: bool | None = option(
+        None, "recompute activations in backward: less memory, a third more time; null: on a GPU, yes"
+    )
+    seed: int = option(0, "seed of new weights, of dropout and of sampling")
+    data_seed: int | None = option(None, "seed of splits and of the row order; null: the same as seed")
+    use_cpu: bool = option(False, "stay on the CPU even where there is an accelerator")
+    # what is seen on the way
+    logging_steps: int = option(10, "steps between lines of metrics.jsonl")
+    eval_steps: int | None = option(None, "steps between evaluations on every shard; null: at the end only")
+    eval_on_start: bool = option(False, "evaluate before the first step too")
+    per_device_eval_batch_size: int = option(16, "rows per forward pass of an evaluation")
+    eval_answers: int = option(0, "rows of every shard answered greedily at the end, compared with theirs word for word")
+    max_new_tokens: int = option(256, "longest of those answers")
+    save_steps: int | None = option(None, "steps between checkpoints; null: none, model/ at the end")
+    save_total_limit: int | None = option(None, "checkpoints kept; the oldest goes first")
+    resume_from_checkpoint: bool | str | None = option(
+        None, "true: go on from the newest good checkpoint of output_dir, or from its start; or a checkpoint's folder"
+    )
+    report_to: Literal["none", "trackio"] = option("none", "also log there")
+    project: str = option("llmkit", "Trackio project")
+    run_name: str | None = option(None, "Trackio run; null: the name of output_dir")
+    # start
+    skip_checks: bool = option(False, "start without the checks of tier 0 (seconds), or although one of them fails")
+    check_ignore: list = option([], "[{check: NAME, reason: TEXT}]: a fail of that check becomes a warning")
+    accelerate_config: str | None = option(None, "relaunch under accelerate with this config: a name or a path")
+    num_processes: int | None = option(None, "relaunch under accelerate with so many processes")
+    passed_on: dict = option({}, "further keys of TRL's SFTConfig; written like the others, not inside this one")
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeConfig:
+    """Write adapter and base as one plain model, after checking that its logits are those of the adapted base.
+
+    llmkit merge --model_name_or_path runs/my/sft --output_dir merged
+    """
+
+    model_name_or_path: str = required("adapter folder, or the run folder that holds it")
+    output_dir: str = required("folder to write; must not exist")
+    base_model_name_or_path: str | None = option(None, "the base; null: the one that the adapter names")
+    dequantize: bool = option(
+        False, "the adapter was trained on a quantised base: merge it into the full-precision weights all the same"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "of the merged weights; auto: the base's")
+    trust_remote_code: bool = option(False, "run the code that comes with the base")
+    use_cpu: bool = option(False, "stay on the CPU even where there is an accelerator")
+
+
+@dataclasses.dataclass(frozen=True)
 class GenerateConfig:
     """Continue a prompt; the text streams as it is written."""
 
@@ -392,6 +506,39 @@ def _unknown(key: str, known: list[str], verb: str) -> str:
     return f"unknown key {key!r}; {hint}"
 
 
+# keys of TRL's configs that the house decides -> what to write instead
+NOT_PASSED_ON = {
+    "deepspeed": "accelerate_config: zero2",
+    "fsdp": "accelerate_config: fsdp2",
+    "fsdp_config": "accelerate_config: fsdp2",
+    "parallelism_config": "accelerate_config",
+    "accelerator_config": "accelerate_config",
+    "push_to_hub": "nothing: a model is published once it was evaluated",
+    "disable_tqdm": "nothing: the bar is ours",
+    "gradient_checkpointing_kwargs": "nothing: use_reentrant=False is set",
+    "model_init_kwargs": "dtype, attn_implementation and model_revision as keys of their own",
+    "pad_token": "nothing: the tokenizer's own, or its end-of-text token",
+    "dataset_kwargs": "nothing: rows are prepared here",
+    "fp16": "bf16: true, or null",
+    "remove_unused_columns": "nothing",
+    "do_train": "nothing",
+    "do_eval": "eval_datasets",
+}
+
+
+def _is_passed_on(cls: Any, key: str) -> bool:
+    """A further key of the TRL config that the verb rides on. Raises UserError for one that the house decides."""
+    if not hasattr(cls, "PASSES_ON"):
+        return False
+    if key in NOT_PASSED_ON or key.startswith("hub_"):
+        raise UserError(f"key {key!r} of TRL is not used here; write {NOT_PASSED_ON.get(key, 'nothing')}")
+    try:  # only for such a key: seconds of import
+        import trl
+    except ImportError:
+        return False
+    return key in {field.name for field in dataclasses.fields(getattr(trl, cls.PASSES_ON))}
+
+
 def parse_args(argv: list[str]) -> tuple[Path | None, dict[str, str]]:
     """Splits the words after the verb into a recipe and raw overrides: `--key value`, `--key=value`, `key=value`."""
     recipe: str | None = None
@@ -445,7 +592,9 @@ def load(cls: type[T], argv: list[str], verb: str = "pretrain") -> T:
     recipe, raw = parse_args(argv)
     values = read_recipe(recipe) if recipe else {}
     origin = dict.fromkeys(values, str(recipe))
-    hints = typing.get_type_hints(cls)
+    every = typing.get_type_hints(cls)
+    hints = {field.name: every[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    passed_on = dict(values.get("passed_on") or {})
     for key, text in raw.items():
         head, *rest = key.split(".")
         try:
@@ -462,7 +611,10 @@ def load(cls: type[T], argv: list[str], verb: str = "pretrain") -> T:
                 text if head in hints and not _fits(value, hints[head]) and _fits(text, hints[head]) else value
             )
         origin[head] = f"--{key}"
-    for key, value in values.items():
+    for key, value in list(values.items()):
+        if key not in hints and _is_passed_on(cls, str(key)):
+            passed_on[key] = values.pop(key)
+            continue
         if key not in hints:
             raise UserError(f"{origin[key]}: {_unknown(str(key), list(hints), verb)}")
         if not _fits(value, hints[key]):
@@ -471,18 +623,22 @@ def load(cls: type[T], argv: list[str], verb: str = "pretrain") -> T:
             )
         if isinstance(value, int) and _fits(value, float) and hints[key] is float:
             values[key] = float(value)
+    if passed_on:
+        values["passed_on"] = passed_on
     return cls(**values)
 
 
 def dump(config: Any) -> str:
     """The config as a recipe that runs again as it is; keys in the order of the dataclass."""
-    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    values = dataclasses.asdict(config)
+    values |= values.pop("passed_on", {})
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def describe(cls: type) -> str:
     """One line per key: name, allowed values, default, meaning."""
     hints = typing.get_type_hints(cls)
-    fields = [(f, _allowed(hints[f.name])) for f in dataclasses.fields(cls)]
+    fields = [(f, _allowed(hints[f.name])) for f in dataclasses.fields(cls) if f.name != "passed_on"]
     lines = []
     for field, allowed in fields:
         factory = field.default_factory
