@@ -70,6 +70,7 @@ def _verb(words: list[str]) -> tuple[str, list[str]]:
 
 
 def run_verb(verb: str, words: list[str]) -> int:
+    run.quiet_loggers()
     module, cls, _ = VERBS[verb]
     settings: Any = config.load(cls, words, verb)
     if verb in PREFLIGHT:
