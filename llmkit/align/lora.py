@@ -129,7 +129,7 @@ def add_adapter(model: PreTrainedModel, config: Any, new_tokens: list[int]) -> A
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
         task_type="CAUSAL_LM",
     )
-    was_tied, full = _is_tied(model), settings.modules_to_save
+    was_tied, full = _is_tied(model), settings.modules_to_save and list(settings.modules_to_save)
     try:
         adapted = peft.get_peft_model(model, settings)
     except (ValueError, TypeError) as error:
