@@ -122,7 +122,6 @@ def get_tokenizer(config: Any, is_chat: bool) -> tuple[PreTrainedTokenizerBase, 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
         template.note += f"; no pad token, {tokenizer.eos_token} pads (padding is never trained)"
-    tokenizer.padding_side = "left"  # for batched generation; the collator pads training rows itself
     return tokenizer, template
 
 

@@ -109,6 +109,7 @@ class Data:
     shards: dict[str, datasets.Dataset]  # unpacked
     notes: list[str]
     facts: dict[str, Any]  # for the manifest
+    settings: dict[str, Any]  # assistant_only_loss and completion_only_loss of the training rows
 
     @property
     def fingerprint(self) -> str:
@@ -151,7 +152,7 @@ def get_data(config: SftConfig, labeller: Labeller) -> Data:
     facts: dict[str, Any] = {"train": _facts(train)}
     facts |= {f"shard.{name}": _facts(rows, tokenizer) for name, rows in shards.items()}
     facts["bad_rows"] = {name: dict(Counter(b.problem for b in found)) for name, found in bad.items() if found}
-    return Data(train, shards, notes, facts)
+    return Data(train, shards, notes, facts, labeller.settings(json.loads(train[0]["raw"])))
 
 
 def _label(

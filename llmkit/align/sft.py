@@ -115,8 +115,8 @@ def for_overfit(config: SftConfig) -> SftConfig:
     )  # fmt: skip
 
 
-def prepare(config: SftConfig, console: Console, started: float = 0.0, is_probe: bool = False) -> Job:
-    """Rows, tokenizer, model and trainer of a recipe. `is_probe`: for the checks, in this process, on the CPU."""
+def prepare(config: SftConfig, console: Console, started: float = 0.0) -> Job:
+    """Rows, tokenizer, model and trainer of a recipe. Raises UserError."""
     check_config(config)
     quiet_libraries()
     kind, device = engine_kind(), detect(config.use_cpu, config.bf16)
@@ -147,6 +147,8 @@ def prepare(config: SftConfig, console: Console, started: float = 0.0, is_probe:
         eval_dataset={name: make(rows, config) for name, rows in data.shards.items()} or None,
         processing_class=tokenizer,
     )
+    for key, value in data.settings.items():  # the rows are labelled already: for whoever reads the settings
+        setattr(trainer.args, key, value)
     trainer.remove_callback(PrinterCallback)  # which prints dictionaries
     return Job(config, device, kind, console, tokenizer, template, data, trainer, started)
 

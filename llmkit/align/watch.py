@@ -6,6 +6,7 @@ The trainer writes `checkpoint-500`; when it is whole an index of SHA-256 sums i
 `step-00000500`, so that a folder of that name is always complete. Leaves out what a trainer logs.
 """
 
+import dataclasses
 import json
 import math
 import shutil
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..config import UserError, dump
+from ..config import UserError
 from ..run import Run
 from ..train.checkpoint import seal_checkpoint
 
@@ -132,7 +133,7 @@ class Watch(TrainerCallback):
                     "the weights are not finite any more: not saved, earlier checkpoints are untouched; "
                     "lower learning_rate or raise warmup_steps"
                 )
-            told = {"step": state.global_step, "identity": self.identity, "recipe": dump(self.config)}
+            told = {"step": state.global_step, "identity": self.identity, "recipe": dataclasses.asdict(self.config)}
             (written / "state.json").write_text(json.dumps(told, indent=1, default=str), encoding="utf-8")
             seal_checkpoint(written, parent / f"step-{state.global_step:08d}", self.config.save_total_limit)
         PartialState().wait_for_everyone()
