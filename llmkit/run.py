@@ -175,7 +175,6 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*", module="peft.*")
     # PEFT: of checkpoints, which hold what llmkit needs; and its own calls of what transformers renamed
     warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`", module="peft.*")
-    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", module="peft.*")
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 

@@ -195,10 +195,8 @@ def get_model(
             f"packing=true: {model.config.model_type} does not keep packed rows apart with "
             f"attn_implementation={model.config._attn_implementation!r}; set packing to false"
         )
-    size = model.get_input_embeddings().weight.shape[0]
-    notes = []
-    if lora.grow_vocabulary(model, len(tokenizer)):
-        notes.append(f"model     {size:,} embeddings, {len(tokenizer) - size} added for new tokens")
+    added = lora.grow_embeddings(model, len(tokenizer))
+    notes = [f"model     {len(added)} embeddings added for new tokens, each the mean of the others"] if added else []
     _set_special_ids(model, tokenizer, template)
     model.config.use_cache = False
     if config.use_peft:

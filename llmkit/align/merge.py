@@ -1,153 +1,286 @@
-"""Adapter and base as one plain model.
+"""Adapter and base as one plain model, written only when its logits are those of the adapted base.
 
-Owns the verb, and the proof: the merged model's logits are those of the adapted one, or nothing is written.
+Owns the verb, the check, and what a merge onto full precision costs an adapter that was trained on a quantised base.
 
-    llmkit merge --model_name_or_path runs/my/sft --output_dir merged
+    llmkit merge --model_name_or_path runs/my/sft --output_dir merged;  plain = merge(peft_model, tokenizer)
 
-An adapter that was trained on a quantised base fits that base: in full-precision weights it answers a little otherwise.
-So it is merged only with --dequantize, and how far the two are apart is measured and said.
+Leaves out merging into quantised weights, which would round the adapter away, and merging several adapters.
 """
 
+import contextlib
+import dataclasses
+import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from .. import model as ours  # noqa: F401  registers llmkit with the Auto classes
-from ..config import MergeConfig, UserError
-from ..data.tokenizer import save_tokenizer
+from ..config import MergeConfig, UserError, read_recipe
+from ..data.tokenizer import load_tokenizer, save_tokenizer
 from ..hardware import cpu_seconds, detect
-from ..run import Result, quiet_libraries, resolve_model_dir, written_beside
-from .build import parent_manifest
-from .lora import load_adapter, read_adapter
+from ..run import Result, quiet_libraries, written_beside
+from .lora import QUANTIZED, adapter_dir, base_of, is_quantized, load_base_and_adapter, recorded_base, stored_config
 
-TOLERANCE = 1e-4  # of the logits, in units of their standard deviation where that is above 1
-ROWS, LENGTH = 4, 32
+TOLERANCE = 1e-4  # of the logits' deviation, in float32; noise: 4e-6 on 2 random layers, 2e-5 on 24
+MAX_TOKENS = 64  # of a row that logits are compared on
+TEXTS = (
+    "The river was high that spring, and the ferry had stopped running two days before they reached the village.",
+    "Question: a train leaves at 9:40 and arrives at 13:05. How long is the journey?\nAnswer: 3 hours and 25 minutes.",
+    "def mean(values):\n    total = sum(values)\n    return total / len(values) if values else 0.0\n",
+    "Water boils at a lower temperature on a mountain, because the pressure of the air is lower there.",
+)
 
 
-def probe_ids(model: Any) -> Tensor:
-    """(ROWS, LENGTH) random ids, the same every time."""
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Of two models' logits on the same rows; `deviation` is the standard deviation of the first one's."""
+
+    max: float
+    mean: float
+    deviation: float
+    top1: float  # share of positions with the same likeliest token
+    positions: int
+
+    @property
+    def relative(self) -> float:
+        return self.max / self.deviation
+
+
+def probe_rows(model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Tensor]:
+    """Rows (1, T) to compare logits on: texts, each also as a chat where there is a template, and random ids.
+
+    The random row opens with the last rows of the embedding, where new tokens are.
+    """
     size = model.get_input_embeddings().weight.shape[0]
-    return torch.randint(size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    length = min(MAX_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS)
+    ids = torch.randint(size, (length,), generator=torch.Generator().manual_seed(0))
+    last = torch.arange(size - min(4, size, length), size)
+    rows = [torch.cat([last, ids])[:length]]
+    for text in TEXTS:
+        if tokenizer is None:
+            break
+        rows.append(torch.tensor(tokenizer(text)["input_ids"][:length]))
+        if tokenizer.chat_template:
+            from jinja2 import TemplateError
+
+            chat: Any = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+            with contextlib.suppress(TemplateError):  # one may refuse any role; the plain text stands
+                rows.append(torch.tensor(tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"][:length]))
+    return [row[None] for row in rows if len(row)]
 
 
 @torch.no_grad()
-def logits_of(model: Any, ids: Tensor) -> Tensor:
-    """(B, T, V) float32 on the CPU."""
-    model.eval()
-    device = next(model.parameters()).device
-    return model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
+def get_logits(model: Any, rows: list[Tensor]) -> Tensor:
+    """(N, V) float32 on the CPU, of all positions of all rows."""
+    device = model.get_input_embeddings().weight.device
+    logits = [model(input_ids=row.to(device), use_cache=False).logits[0] for row in rows]
+    return torch.cat(logits).float().cpu()
 
 
-def merge(model: Any) -> Any:
-    """The PeftModel merged into its base, in place. Raises UserError when its logits change by more than TOLERANCE."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def compare(logits: Tensor, others: Tensor) -> Difference:
+    """Of (N, V) and (N, V)."""
+    gap = (logits - others).abs()
+    top1 = (logits.argmax(-1) == others.argmax(-1)).float().mean().item()
+    return Difference(gap.max().item(), gap.mean().item(), logits.std().item(), top1, len(logits))
 
-    if any("bnb" in type(m).__module__ or "bitsandbytes" in type(m).__module__ for m in model.modules()):
-        raise UserError("the base is quantised: merging would round the adapter to its few bits; see llmkit merge")
-    ids = probe_ids(model)
-    before = logits_of(model, ids)
-    if not any(isinstance(m, BaseTunerLayer) for m in model.modules()):
-        raise UserError("the model has no adapter to merge")
+
+def merge_checked(model: Any, rows: list[Tensor]) -> tuple[PreTrainedModel, Difference]:
+    """As `merge`, in float32, with how far it was from the adapted model."""
+    if is_quantized(model):
+        raise UserError("the base is quantised: merging into it would round the adapter away; `llmkit merge` says more")
+    if not hasattr(model, "merge_and_unload"):
+        kind = model.peft_config[model.active_adapter].peft_type.value
+        raise UserError(f"the adapter is of the kind {kind}, which is no change of weights and cannot be merged")
+    model = model.float().eval()
+    adapted = get_logits(model, rows)
     merged = model.merge_and_unload()
-    error = float((logits_of(merged, ids) - before).abs().max()) / max(1.0, float(before.std()))
-    if not error <= TOLERANCE:
+    head = merged.get_output_embeddings()
+    if merged.config.get_text_config().tie_word_embeddings and head is not None:
+        if not torch.equal(head.weight, merged.get_input_embeddings().weight):
+            raise UserError("embedding and head are tied in the base, but the adapter changed them apart; not merged")
+        head.weight = merged.get_input_embeddings().weight
+    difference = compare(adapted, get_logits(merged, rows))
+    if not difference.relative <= TOLERANCE:
         raise UserError(
-            f"merged and adapted logits differ by {error:.1e} (allowed {TOLERANCE:.0e}), so nothing is written; "
-            "merge in float32: --dtype float32"
+            f"merged logits differ from the adapted model's by {difference.max:.2g}, {difference.relative:.2g} of "
+            f"their deviation; allowed: {TOLERANCE:.0e}; nothing was written"
         )
-    return merged
+    return merged, difference
+
+
+def merge(model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
+    """The plain model that an adapted one (which is used up) stands for, in its base's dtype.
+
+    Merged in float32. Raises UserError when its logits are farther from the adapted ones than TOLERANCE times their
+    standard deviation, or when the base is quantised.
+    """
+    dtype = model.get_base_model().dtype
+    merged, _ = merge_checked(model, probe_rows(model, tokenizer))
+    return merged.to(dtype)
+
+
+# ---- the verb
+
+
+def trained_on(folder: Path, path: str) -> dict[str, Any] | None:
+    """How the base was quantised when the adapter was trained, None where it was not, or nobody wrote it down."""
+    if (folder / QUANTIZED).is_file():
+        return json.loads((folder / QUANTIZED).read_text(encoding="utf-8"))
+    for parent in list(folder.absolute().parents)[:3]:  # run/adapter, run/checkpoints/step-00000500/adapter
+        if (parent / "manifest.json").is_file() and (parent / "recipe.yaml").is_file():
+            recipe = read_recipe(parent / "recipe.yaml")
+            found = {key: recipe[key] for key in ("load_in_4bit", "load_in_8bit") if recipe.get(key)}
+            if recipe.get("load_in_4bit"):
+                found["bnb_4bit_quant_type"] = recipe.get("bnb_4bit_quant_type", "nf4")
+                found["bnb_4bit_use_double_quant"] = recipe.get("use_bnb_nested_quant", False)
+            if found:
+                return found
+    stored = (stored_config(base).get("quantization_config") for base in (path, recorded_base(folder)) if base)
+    return next((how for how in stored if how), None)
+
+
+def _how(quantized: dict[str, Any]) -> str:
+    bits = "4 bit" if quantized.get("load_in_4bit") else "8 bit" if quantized.get("load_in_8bit") else "quantised form"
+    return f"a base in {bits}"
+
+
+def _tokenizer(config: MergeConfig, folder: Path, path: str) -> tuple[PreTrainedTokenizerBase, bool]:
+    """The adapter's own tokenizer with its chat template, else the base's; and whether it is the adapter's."""
+    has_own = (folder / "tokenizer_config.json").is_file()
+    return load_tokenizer(str(folder) if has_own else path, config.trust_remote_code, "model_name_or_path"), has_own
+
+
+def _set_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """What the adapter's run decided about where an answer ends."""
+    text_config = model.config.get_text_config()
+    text_config.eos_token_id, text_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def _logits_on_quantized(
+    config: MergeConfig, folder: Path, path: str, quantized: dict[str, Any], device: str, rows: list[Tensor]
+) -> Tensor:
+    """Of the adapter on the base that it was trained on, with float32 arithmetic."""
+    is_stored = "quantization_config" in stored_config(path)
+    how = None if is_stored else BitsAndBytesConfig.from_dict(quantized | {"bnb_4bit_compute_dtype": "float32"})
+    model = load_base_and_adapter(str(folder), path, torch.float32, config.trust_remote_code, how, device)
+    return get_logits(model, rows)
+
+
+def check(config: MergeConfig) -> tuple[Path, str, dict[str, Any] | None]:
+    """Adapter, base, and how that was quantised in training. Raises UserError for what cannot or must not be merged."""
+    for key in ("model_name_or_path", "output_dir"):
+        if not getattr(config, key):
+            raise UserError(f"{key} is missing; e.g. --model_name_or_path runs/my/sft --output_dir merged")
+    if Path(config.output_dir).exists():
+        raise UserError(f"output_dir={config.output_dir!r}: exists already; choose another or remove it")
+    folder = adapter_dir(config.model_name_or_path)
+    if folder is None:
+        raise UserError(
+            f"model_name_or_path={config.model_name_or_path!r}: has no adapter_config.json; "
+            "name an adapter, or a run that trained one"
+        )
+    path = base_of(folder, config.base_model_name_or_path)
+    quantized = trained_on(folder, path)
+    if quantized and not config.dequantize:
+        raise UserError(
+            f"model_name_or_path={str(folder)!r}: the adapter was trained on {_how(quantized)}, which makes up for its "
+            "rounding; on full-precision weights it is another model. --dequantize true merges it into those all the "
+            "same and says how far the two are apart"
+        )
+    if config.dequantize and not quantized:
+        raise UserError(
+            f"dequantize=true has no effect: {str(folder)!r} was not trained on a quantised base; remove it"
+        )
+    return folder, path, quantized
 
 
 def main(config: MergeConfig) -> Result:
-    """Loads base and adapter, merges, compares, writes the folder. Raises UserError."""
+    """Checks, merges in float32, compares, writes, reads back and compares again."""
     started = time.perf_counter()
-    for key in ("model_name_or_path", "output_dir"):
-        if not getattr(config, key):
-            raise UserError(f"{key} is missing; `llmkit help merge` shows an example")
-    out = Path(config.output_dir)
-    if out.exists():
-        raise UserError(f"output_dir={config.output_dir!r}: exists already; choose another")
+    folder, path, quantized = check(config)
     quiet_libraries()
-    folder, told = read_adapter(config.model_name_or_path)
-    name = resolve_model_dir(config.base_model_name_or_path or told.get("base_model_name_or_path") or "")
-    if not name:
-        raise UserError(f"{folder}: names no base; give base_model_name_or_path")
-    quantized = parent_manifest(str(folder)).get("quantization")
-    if quantized and not config.dequantize:
-        raise UserError(
-            f"{folder}: was trained on a {quantized} base, and fits that one; --dequantize merges it into the "
-            "full-precision weights all the same, and measures the difference"
-        )
-    device = detect(config.use_cpu).type
-    model = load_adapter(_load_base(name, config, device), folder, name)
-    tokenizer = AutoTokenizer.from_pretrained(folder if any(folder.glob("tokenizer*")) else name)
-    ids = probe_ids(model)
-    adapted = logits_of(model, ids)
+    found = detect(config.use_cpu).type
+    device = "cpu" if found == "mps" else found  # float32 sums of mps are not exact enough to compare
+    tokenizer, has_own = _tokenizer(config, folder, path)
+    model = load_base_and_adapter(
+        str(folder), path, torch.float32, config.trust_remote_code, None, device, dequantize=bool(quantized)
+    )
+    adapter = next(iter(model.peft_config.values()))
+    rows = probe_rows(model, tokenizer)
+    merged, difference = merge_checked(model, rows)
+    logits = get_logits(merged, rows)
+    metrics = {"merge_max_logit_difference": difference.max, "logit_deviation": difference.deviation}
+    print(
+        f"merged    {adapter.peft_type.value} of rank {getattr(adapter, 'r', '-')} into {merged.config.model_type}: "
+        f"largest logit difference {difference.max:.1g}, {difference.relative:.1g} of their deviation, on "
+        f"{difference.positions} positions"
+    )
     if quantized:
-        _say_difference(adapted, _quantized_logits(name, config, folder, str(quantized), ids, device), str(quantized))
-    merged = merge(model)
-    if (folder / "generation_config.json").exists():
-        merged.generation_config = GenerationConfig.from_pretrained(folder)
-    with written_beside(out) as partial:
+        far = compare(_logits_on_quantized(config, folder, path, quantized, device, rows), logits)
+        metrics |= {f"quantized_{key}": value for key, value in dataclasses.asdict(far).items()}
+        print(
+            f"trained   on {_how(quantized)}; against that, logits of the merged model differ by {far.max:.2g} at "
+            f"most, {far.mean:.2g} on average (deviation {far.deviation:.2g}); the likeliest token is the same at "
+            f"{far.top1:.1%} of positions"
+        )
+    dtype = _dtype(config, path)
+    merged = merged.to(dtype)
+    merged.config.use_cache = True
+    if has_own:
+        _set_special_ids(merged, tokenizer, folder)
+    rounded = _write(config, merged, tokenizer, logits, rows, device)
+    metrics |= {"num_parameters": sum(p.numel() for p in merged.parameters()), "rounding_max": rounded.max}
+    if dtype != torch.float32:
+        print(
+            f"rounded   to {dtype}: logits differ by {rounded.max:.2g} at most, the likeliest token is the same at "
+            f"{rounded.top1:.1%} of positions"
+        )
+    print(f'load it   AutoModelForCausalLM.from_pretrained("{config.output_dir}")')
+    wall_s, cpu_s = round(time.perf_counter() - started, 2), round(cpu_seconds(), 2)
+    return Result("merge", "ok", config.output_dir, str(folder), wall_s, cpu_s, 0, {}, metrics)
+
+
+def _dtype(config: MergeConfig, path: str) -> torch.dtype:
+    stored = stored_config(path)
+    name = config.dtype if config.dtype != "auto" else stored.get("dtype") or stored.get("torch_dtype") or "float32"
+    return getattr(torch, str(name).removeprefix("torch."))
+
+
+def _write(
+    config: MergeConfig,
+    merged: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    logits: Tensor,
+    rows: list[Tensor],
+    device: str,
+) -> Difference:
+    """The folder, once what was read back from it computes what the model in memory does; how far rounding moved it."""
+    folder = Path(config.output_dir)
+    written = get_logits(merged, rows)
+    if not written.isfinite().all():
+        raise UserError(f"dtype={config.dtype}: logits are not finite in it; choose float32 or bfloat16")
+    with written_beside(folder) as partial:
         merged.save_pretrained(partial)
         save_tokenizer(tokenizer, partial)
-    error = float((logits_of(merged, ids) - adapted).abs().max())
-    print(f"merged    {folder} into {name}: logits within {error:.1e}\nmodel     {out}", flush=True)
-    seconds = time.perf_counter() - started
-    return Result("merge", "ok", str(out), str(folder), seconds, cpu_seconds(), 0, {}, {"max_logit_difference": error})
-
-
-def _load_base(name: str, config: MergeConfig, device: str, quantization: Any = None) -> Any:
-    """In the dtype asked for. Raises UserError, also for a base that is stored quantised."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            trust_remote_code=config.trust_remote_code,
-            dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
-            quantization_config=quantization,
+        again = AutoModelForCausalLM.from_pretrained(
+            partial, dtype=merged.dtype, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"base_model_name_or_path={name!r}: cannot be loaded ({str(error).splitlines()[0]}); name the base of the "
-            "adapter by base_model_name_or_path"
-        ) from None
-    if quantization is None and getattr(model.config, "quantization_config", None) is not None:
-        raise UserError(
-            f"base_model_name_or_path={name!r}: is stored quantised; an adapter is merged into full-precision weights "
-            "only: name those by base_model_name_or_path"
-        )
-    return model.to(device) if quantization is None else model
-
-
-def _quantized_logits(
-    name: str, config: MergeConfig, folder: Path, bits: str, ids: Tensor, device: str
-) -> Tensor | None:
-    """Of the adapter on the base it was trained on; None where this machine cannot compute them."""
-    from transformers import BitsAndBytesConfig
-
-    settings = BitsAndBytesConfig(load_in_4bit=bits == "4bit", load_in_8bit=bits == "8bit")
-    if bits == "4bit":
-        settings.bnb_4bit_quant_type = "nf4"
-        settings.bnb_4bit_compute_dtype = torch.float32
-    try:
-        return logits_of(load_adapter(_load_base(name, config, device, settings), folder, name), ids)
-    except (ImportError, RuntimeError, AssertionError):
-        return None
-
-
-def _say_difference(merged: Tensor, quantized: Tensor | None, bits: str) -> None:
-    if quantized is None:
-        print(f"compared  the {bits} base does not run here: the difference to what was trained is not known")
-        return
-    change = (merged - quantized).abs()
-    same = (merged.argmax(-1) == quantized.argmax(-1)).float().mean()
-    print(
-        f"compared  to the adapter on its {bits} base: logits differ by {change.mean():.3f} on average, "
-        f"{change.max():.3f} at most (their deviation is {quantized.std():.3f}); same first choice for {same:.1%}"
-    )
-
-
+        read = compare(written, get_logits(again.to(device).eval(), rows))
+        if not read.relative <= TOLERANCE:
+            raise UserError(
+                f"{folder}: logits differ by {read.max:.2g} after writing and reading back; nothing was written"
+            )
+        shutil.rmtree(partial / "__pycache__", ignore_errors=True)
+    return compare(logits, written)

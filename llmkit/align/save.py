@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import UserError
 from ..data.tokenizer import save_tokenizer
 from ..run import Run, written_beside
-from .lora import load_adapter
+from .lora import is_quantized, put_on, save_adapter
 from .merge import merge
 
 
@@ -30,22 +30,21 @@ def save_model(
     model = trainer.accelerator.unwrap_model(trainer.model)
     folder = run.folder / "model"
     is_adapter = hasattr(model, "merge_and_unload")
-    is_quantized = getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None)
     if run.is_main:
         if not all(w.isfinite().all() for w in weights.values() if w.is_floating_point()):
             raise UserError("the weights are not finite any more: not saved; lower learning_rate or raise warmup_steps")
         model.config.use_cache = True
         if is_adapter:
             with written_beside(run.folder / "adapter", replace=True) as partial:
-                # embeddings of new tokens are among what is trained, the others are the base's
-                model.save_pretrained(partial, state_dict=weights, save_embedding_layers=False)
+                save_adapter(model, partial, weights)
                 save_tokenizer(tokenizer, partial)
                 model.generation_config.save_pretrained(partial)
-            if is_quantized:
+            if is_quantized(model):
                 console.print("adapter   the base is quantised, so nothing is merged: `llmkit merge` writes one model")
                 folder = run.folder / "adapter"
             else:
-                merged = merge(load_adapter(load_base(), run.folder / "adapter", "the base of this run"))
+                adapted = put_on(load_base(), run.folder / "adapter", str(model.config.name_or_path))
+                merged = merge(adapted, tokenizer)
                 merged.generation_config = model.generation_config
                 with written_beside(folder, replace=True) as partial:
                     merged.save_pretrained(partial)

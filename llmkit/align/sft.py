@@ -38,6 +38,7 @@ from ..train.build import VOLATILE, flops_per_token
 from ..train.checkpoint import Checkpoint, check_same, clear_the_way, find_checkpoint
 from ..train.engines import engine_kind
 from .build import Template, check_config, get_model, get_tokenizer, load_model, trl_arguments
+from .lora import is_quantized, train_in_float32
 from .rows import Data, Labeller, bad_note, get_data, has_chats, pack
 from .save import save_model
 from .watch import Watch
@@ -147,6 +148,8 @@ def prepare(config: SftConfig, console: Console, started: float = 0.0) -> Job:
         eval_dataset={name: make(rows, config) for name, rows in data.shards.items()} or None,
         processing_class=tokenizer,
     )
+    if is_quantized(model):
+        train_in_float32(model)
     for key, value in data.settings.items():  # the rows are labelled already: for whoever reads the settings
         setattr(trainer.args, key, value)
     trainer.remove_callback(PrinterCallback)  # which prints dictionaries
