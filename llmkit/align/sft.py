@@ -148,6 +148,7 @@ def prepare(config: SftConfig, console: Console, started: float = 0.0) -> Job:
         eval_dataset={name: make(rows, config) for name, rows in data.shards.items()} or None,
         processing_class=tokenizer,
     )
+    assert trainer.is_deepspeed_enabled == kind.startswith("zero"), "use_cpu would silently make DDP of DeepSpeed"
     if is_quantized(model):
         train_in_float32(model)
     for key, value in data.settings.items():  # the rows are labelled already: for whoever reads the settings

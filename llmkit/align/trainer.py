@@ -3,6 +3,7 @@
 Owns evaluation by token. Importing it costs the seconds of TRL, so verbs do so when they run.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -27,15 +28,22 @@ class Trainer(SFTTrainer):
         return metrics
 
     def _loss_per_token(self, rows: Any) -> float:
-        loader, model = self.get_eval_dataloader(rows), self._wrap_model(self.model, training=False)
+        """Every row once, whatever the number of processes; a rank without a batch left repeats one and drops it."""
+        model = self._wrap_model(self.model, training=False)
         if not self.is_in_train and model is self.model:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
-        was_training, sums = model.training, torch.zeros(2, device=self.args.device, dtype=torch.float32)
+        was_training, sums = model.training, torch.zeros(2, device=self.args.device)
         model.eval()
-        for batch in loader:
+        rows, size = self._remove_unused_columns(rows, description="evaluation"), self.args.eval_batch_size
+        rank, world, num_batches = self.args.process_index, self.args.world_size, math.ceil(len(rows) / size)
+        for turn in range(math.ceil(num_batches / world)):
+            index = turn * world + rank
+            first = min(index, num_batches - 1) * size
+            batch = self.data_collator([rows[i] for i in range(first, min(first + size, len(rows)))])
             loss, _, _ = self.prediction_step(model, batch, prediction_loss_only=True)
-            count = (batch["labels"][..., 1:] != -100).sum()
-            sums += torch.stack([loss.float() * count, count.float()])
+            count = (batch["labels"][..., 1:] != -100).sum().to(sums.device)
+            if index < num_batches:
+                sums += torch.stack([loss.float() * count, count.float()])
         model.train(was_training)
         total, count = self.accelerator.reduce(sums).tolist()
         return total / max(count, 1)
