@@ -209,7 +209,9 @@ class SftConfig:
     lora_alpha: int = option(32, "LoRA scale: the update is multiplied by lora_alpha / lora_r")
     lora_dropout: float = option(0.05, "dropout on the LoRA input")
     lora_target_modules: str | list = option("all-linear", "modules that get an adapter")
-    lora_modules_to_save: list | None = option(None, "modules trained in full and saved with the adapter, e.g. [lm_head]")
+    lora_modules_to_save: list | None = option(
+        None, "modules trained in full and saved with the adapter, e.g. [lm_head]"
+    )
     use_rslora: bool = option(False, "scale by lora_alpha / sqrt(lora_r) instead (Kalajdzievski 2023)")
     use_dora: bool = option(False, "train magnitude and direction apart (DoRA, Liu et al. 2024)")
     load_in_4bit: bool = option(False, "QLoRA: the base in 4 bit (bitsandbytes; works on CPUs too)")
@@ -260,7 +262,9 @@ class SftConfig:
     eval_steps: int | None = option(None, "steps between evaluations on every shard; null: at the end only")
     eval_on_start: bool = option(False, "evaluate before the first step too")
     per_device_eval_batch_size: int = option(16, "rows per forward pass of an evaluation")
-    eval_answers: int = option(0, "rows of every shard answered greedily at the end, compared with theirs word for word")
+    eval_answers: int = option(
+        0, "rows of every shard answered greedily at the end, compared with theirs word for word"
+    )
     max_new_tokens: int = option(256, "longest of those answers")
     save_steps: int | None = option(None, "steps between checkpoints; null: none, model/ at the end")
     save_total_limit: int | None = option(None, "checkpoints kept; the oldest goes first")

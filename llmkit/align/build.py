@@ -235,7 +235,15 @@ def _set_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 # ---- TRL's arguments
 
 OWN = {"output_dir", "report_to", "run_name", "project", "max_steps", "save_steps", "eval_steps", "trust_remote_code"}
-OWN |= {"assistant_only_loss", "completion_only_loss", "chat_template_path", "eos_token", "passed_on", "use_cpu", "bf16"}
+OWN |= {
+    "assistant_only_loss",
+    "completion_only_loss",
+    "chat_template_path",
+    "eos_token",
+    "passed_on",
+    "use_cpu",
+    "bf16",
+}
 OWN |= {"gradient_checkpointing", "resume_from_checkpoint", "lr_scheduler_kwargs", "eval_on_start"}
 
 
@@ -246,7 +254,9 @@ def trl_arguments(cls: Any, config: Any, device: Device, kind: str, **more: Any)
     """
     theirs = {field.name for field in dataclasses.fields(cls)}
     same = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in theirs - OWN}
-    saves = {"save_strategy": "steps", "save_steps": config.save_steps} if config.save_steps else {"save_strategy": "no"}
+    saves = (
+        {"save_strategy": "steps", "save_steps": config.save_steps} if config.save_steps else {"save_strategy": "no"}
+    )
     looks = {"eval_strategy": "steps", "eval_steps": config.eval_steps} if config.eval_steps else {}
     machine: dict[str, Any] = {"use_cpu": device.type == "cpu", "bf16": device.bf16}
     if device.type == "cpu" and kind == "ddp":

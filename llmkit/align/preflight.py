@@ -1,6 +1,6 @@
 """An SFT recipe as a subject of the checks: its own trainer, handed over like anyone's.
 
-    subject = get_subject(config, tier=2)      # llmkit check recipe.yaml, llmkit inspect recipe.yaml
+subject = get_subject(config, tier=2)      # llmkit check recipe.yaml, llmkit inspect recipe.yaml
 """
 
 import dataclasses

@@ -140,7 +140,9 @@ def get_data(config: SftConfig, labeller: Labeller) -> Data:
         if "validation" in shards:
             raise UserError("test_split_size: makes the shard `validation`, which eval_datasets has too; rename that")
         if not 1 <= round(config.test_split_size * len(train)) < len(train):
-            raise UserError(f"test_split_size={config.test_split_size} of {len(train)} rows; allowed: a share in between")
+            raise UserError(
+                f"test_split_size={config.test_split_size} of {len(train)} rows; allowed: a share in between"
+            )
         split = train.train_test_split(test_size=round(config.test_split_size * len(train)), seed=seed)
         train, shards["validation"] = split["train"], split["test"]
         notes.append(f"held out  {len(shards['validation']):,} of the training rows as validation, by seed {seed}")

@@ -1,6 +1,6 @@
 """What a post-training run leaves: `model/`, and `adapter/` for LoRA.
 
-    model_dir = save_model(trainer, tokenizer, run, console)
+model_dir = save_model(trainer, tokenizer, run, console)
 """
 
 from collections.abc import Callable

@@ -285,12 +285,14 @@ def _finish(job: Job, run: Run, model_dir: Path) -> Result:
             name: {"loss": metrics[f"eval_{name}_loss"], "bits_per_byte": None, "entropy": None, "gap_stderr": None}
             for name in job.data.shards
         }
-        for name, rows in job.data.shards.items():
+        for name in job.data.shards:
             tokens, num_bytes = job.data.facts[f"shard.{name}"]["trained_tokens"], job.data.answer_bytes(name)
             shards[name]["bits_per_byte"] = shards[name]["loss"] * tokens / math.log(2) / max(1, num_bytes)
     scores: dict[str, AnswerScore] = {}
     if run.is_main:
-        asked = {"overfit": job.data.train} if job.config.overfit else job.data.shards if job.config.eval_answers else {}
+        asked = (
+            {"overfit": job.data.train} if job.config.overfit else job.data.shards if job.config.eval_answers else {}
+        )
         scores = {name: _answers(job, rows, name) for name, rows in asked.items()}
     job.trainer.accelerator.wait_for_everyone()
     status = "ok"
@@ -391,5 +393,3 @@ def _result(
         shards=shards,
         metrics=metrics,
     )
-
-

@@ -93,7 +93,7 @@ def _problem_of_turns(turns: list[Any]) -> str | None:
         role, content = given["role"], given.get("content")
         has_tools = bool(given.get("tool_calls"))
         if not isinstance(content, (str, list)) and not has_tools:
-            return f"content of a {role} turn is {_kind(content)}"
+            return f"{role} turn: content is {_kind(content)}"
         if role == "assistant":
             if last == "assistant":
                 return "two assistant turns in a row"

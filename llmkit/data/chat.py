@@ -59,7 +59,7 @@ def _read(source: Source, data_dir: Path) -> Any:
     if source.path.startswith("builtin/"):
         from . import toychat
 
-        names, split, first, last = toyworld_range(source, toychat.NAMES)
+        names, split, first, last = toyworld_range(source, ("instructions",), toychat.SPLITS)
         return toychat.rows(names[0], split, first, last)
     kind = find_builder(source)
     if kind is None:

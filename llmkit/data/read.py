@@ -101,7 +101,7 @@ def plan_shares(source: Source, data_dir: Path, share_bytes: int = SHARE_BYTES) 
 
     Reads line files once, to count their lines (about 1 GB/s).
     """
-    if source.columns is not None and len(source.columns) != 1:
+    if source.columns is not None and (isinstance(source.columns, dict) or len(source.columns) != 1):
         raise UserError(f"{describe(source)}: columns={source.columns!r}; pretraining reads exactly one text column")
     if source.path.startswith("builtin/"):
         _, _, first, last = toyworld_range(source)

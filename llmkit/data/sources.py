@@ -40,7 +40,7 @@ class Source:
     name: str | None = None
     data_files: str | list | None = None
     split: str = "train"
-    columns: list | None = None  # the one text column; default `text`
+    columns: list | dict | None = None  # pretraining: the one text column, default `text`; sft: {theirs: ours}
     fraction: float | None = None  # share of the packed rows in a mixture
     sample_by: str = "document"  # text files: document | paragraph | line, as in `datasets`
     streaming: bool = False  # Hub: do not download the whole set first
@@ -180,20 +180,27 @@ def describe(source: Source) -> str:
     return " ".join(str(part) for part in (source.path, source.name, source.data_files, source.split) if part)
 
 
-def toyworld_range(source: Source) -> tuple[list[str], str, int, int]:
-    """Kinds, split, first and last document of a toyworld source; raises UserError for what there is not."""
+def toyworld_range(
+    source: Source, names: tuple[str, ...] = tuple(toyworld.KINDS), splits: tuple[str, ...] = ("train", "validation")
+) -> tuple[list[str], str, int, int]:
+    """Kinds, split, first and last document of a toyworld source; raises UserError for what there is not.
+
+    `names`: kinds of text, all where the source names none; or the kinds of rows of `toychat.py`.
+    """
     if source.path != "builtin/toyworld":
         raise UserError(f"path={source.path!r}: no such built-in corpus; allowed: builtin/toyworld")
-    kinds = list(toyworld.KINDS) if source.name is None else [source.name]
-    if kinds[0] not in toyworld.KINDS:
+    has_text = names[0] in toyworld.KINDS
+    kinds = list(names) if source.name is None and has_text else [source.name or ""]
+    if kinds[0] not in names:
         raise UserError(
-            f"builtin/toyworld: name={source.name!r}; allowed: {', '.join(toyworld.KINDS)}, or none for all"
+            f"builtin/toyworld: name={source.name!r}; allowed: {', '.join(names)}"
+            + (", or none for all" if has_text else "")
         )
     split, start, stop = parse_split(source.split, source.path)
-    if split not in ("train", "validation") or stop is None or "%" in (start or "") + stop:
+    if split not in splits or stop is None or "%" in (start or "") + stop:
         raise UserError(
-            f"builtin/toyworld: split={source.split!r}; it never ends, so say how many documents, "
-            "e.g. train[:30000] or validation[:500]"
+            f"builtin/toyworld: split={source.split!r}; it never ends, so say how many "
+            f"{'documents' if has_text else 'rows'}, e.g. train[:30000] or validation[:500]"
         )
     return kinds, split, int(start or 0), int(stop)
 

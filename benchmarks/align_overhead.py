@@ -1,0 +1,105 @@
+"""What `llmkit sft` costs over the bare TRL script with the same settings: seconds of training, in alternation.
+
+    python benchmarks/align_overhead.py --model_name_or_path runs/toy/pretrain --rounds 5
+
+Both train the same rows in the same batches; the losses must be equal. Counted is the time of `train()` alone, so that
+reading rows and loading libraries is not. Prints the median of the ratios of neighbouring runs.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+KEYS = {"max_length": 256, "per_device_train_batch_size": 8, "learning_rate": 3e-3, "logging_steps": 10}
+ROWS = 4000
+
+
+def bare(model_dir: str, steps: int, out: Path) -> None:
+    """The script that a user of TRL writes; labels and template are TRL's own work."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    from llmkit import model  # noqa: F401  registers our architecture
+    from llmkit.data import toychat
+    from llmkit.data.template import CHATML
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.chat_template, tokenizer.eos_token = CHATML, "<|im_end|>"
+    rows = [{"messages": row["messages"]} for row in toychat.rows("instructions", "train", 0, ROWS)]
+    args = SFTConfig(
+        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
+        disable_tqdm=True, save_strategy="no", assistant_only_loss=True, packing=True, max_steps=steps, seed=0,
+        lr_scheduler_type="linear", **KEYS,
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32),
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    history = trainer.state.log_history
+    told = {
+        "seconds": history[-1]["train_runtime"],
+        "losses": [row["loss"] for row in history if "loss" in row],
+    }
+    out.write_text(json.dumps(told))
+
+
+def ours(model_dir: str, steps: int, folder: Path) -> dict:
+    words = {key: str(value) for key, value in KEYS.items()} | {
+        "output_dir": str(folder), "model_name_or_path": model_dir, "max_steps": str(steps), "packing": "true",
+        "warmup_steps": "0", "use_cpu": "true", "skip_checks": "true", "weight_decay": "0",
+        "datasets": f"[{{path: builtin/toyworld, name: instructions, split: 'train[:{ROWS}]'}}]",
+    }  # fmt: skip
+    flags = [f"--{key}={value}" for key, value in words.items()]
+    subprocess.run([sys.executable, "-m", "llmkit", "sft", *flags], check=True, stdout=subprocess.DEVNULL)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    seconds = json.loads((folder / "result.json").read_text())["metrics"]["train_wall_s"]
+    return {"seconds": seconds, "losses": [row["loss"] for row in rows if "loss" in row]}
+
+
+def theirs(model_dir: str, steps: int, out: Path) -> dict:
+    command = [sys.executable, __file__, "--bare", str(out), "--model_name_or_path", model_dir, "--steps", str(steps)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return json.loads(out.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model_name_or_path", default="runs/toy/pretrain/model")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--bare", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    path = options.model_name_or_path
+    path = str(Path(path) / "model") if (Path(path) / "model").is_dir() else path
+    if options.bare:
+        bare(path, options.steps, Path(options.bare))
+        return
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder:
+        for k in range(options.rounds):
+            a = theirs(path, options.steps, Path(folder) / f"{k}.json")
+            b = ours(path, options.steps, Path(folder) / str(k))
+            far = max(abs(x - y) for x, y in zip(a["losses"], b["losses"], strict=True))
+            ratios.append(b["seconds"] / a["seconds"])
+            print(
+                f"round {k + 1}: TRL {a['seconds'] / options.steps * 1e3:.1f} ms a step, llmkit "
+                f"{b['seconds'] / options.steps * 1e3:.1f}, ratio {ratios[-1]:.3f}, losses differ by {far:.1e}",
+                flush=True,
+            )
+    print(f"median ratio {statistics.median(ratios):.3f} of {options.rounds} rounds of {options.steps} steps")
+
+
+if __name__ == "__main__":
+    main()

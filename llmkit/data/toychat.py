@@ -1,0 +1,314 @@
+"""toyworld, asked about: instructions, preference pairs and prompts with a verifier.
+
+Owns the splits of `builtin/toyworld` that later stages train and are measured on, as rows in TRL's columns.
+
+    row("instructions", "train", 7)["messages"];  row("preferences", "train", 7)["chosen"];  verify(row, "red")
+
+A row is a pure function of (name, split, index, seed). Every question has a key: what is asked about, not how. The hash
+of the key decides the share it belongs to, and a share belongs to one training set or to one evaluation split, so that
+what a stage is measured on no stage has trained on. The 60 facts of the towns are too few to hold any back, and a
+pretrained model knows them: of those the wording decides, and every fact is asked in training too.
+Leaves out judging by taste: an answer is right word for word, or wrong.
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from .toyworld import TOPICS, WORLD, Tape, story
+
+NAMES = ("instructions", "preferences", "prompts")
+SPLITS = ("train", "validation", "test")
+# of 20 shares; validation and test are the same questions whatever the name
+SHARES = {("instructions", "train"): range(0, 10), ("preferences", "train"): range(10, 13)}
+SHARES |= {("prompts", "train"): range(13, 16)}
+SHARES |= {
+    (name, split): span
+    for name in NAMES
+    for split, span in zip(SPLITS[1:], (range(16, 18), range(18, 20)), strict=True)
+}
+UNKNOWN = "I don't know."
+
+
+class Question(NamedTuple):
+    kind: str
+    key: str
+    messages: list[dict[str, str]]  # up to the last question
+    answer: str
+    wrong: str  # as short, and wrong
+    sentence: str  # the answer at length
+
+
+def share_of(key: str) -> int:
+    """0 to 19, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 20
+
+
+# ---- stories
+
+# topic -> question, short answer, sentence; the names are those of `read_story`
+ABOUT_STORY = {
+    "colour": ("What colour was the {thing}?", "{colour}", "The {thing} was {colour}."),
+    "thing": ("What did {hero} have?", "a {colour} {thing}", "{hero} had a {colour} {thing}."),
+    "place": ("Where did {hero} go?", "to {place}", "{hero} went to {place}."),
+    "friend": ("Who found the {thing}?", "{friend}", "{friend} found the {thing}."),
+    "spot": ("Where was the {thing} found?", "{spot}", "The {thing} was found {spot}."),
+    "mood": ("How did {hero} feel when the {thing} was gone?", "very {mood}", "{hero} was very {mood}."),
+    "weather": ("What was the day like?", "{weather}", "It was a {weather} day."),
+}
+PARTS = re.compile(
+    r"(?P<hero>\w+) had a (?P<colour>\w+) (?P<thing>\w+)\. One (?P<weather>\w+) day .* went to (?P<place>the \w+), .*?"
+    r"(?:met (?P<met>\w+),|\. (?P<there>\w+) was there too).*? was very (?P<mood>\w+)\..* found it "
+    r"(?P<spot>.+?) and gave"
+)
+OPTIONS = {
+    "hero": [name for name, _ in WORLD.people],
+    "friend": [name for name, _ in WORLD.people],
+    "thing": list(WORLD.things),
+    "colour": list(WORLD.colours),
+    "place": [place for place, _ in WORLD.places],
+    "spot": [spot for _, spot in WORLD.places],
+    "mood": [mood for _, mood in WORLD.mishaps],
+    "weather": list(WORLD.weathers),
+}
+
+
+def read_story(text: str) -> dict[str, str]:
+    """Who, what, where of a story that the grammar wrote."""
+    found = PARTS.match(text)
+    assert found, text
+    parts = found.groupdict()
+    met, there = parts.pop("met"), parts.pop("there")
+    return parts | {"friend": met or there}
+
+
+def _other(rng: random.Random, part: str, *taken: str) -> str:
+    return rng.choice([option for option in OPTIONS[part] if option not in taken])
+
+
+def _story(rng: random.Random) -> tuple[str, dict[str, str], str]:
+    """Text, parts and key: a story told in other words is the same story."""
+    tape = Tape(rng)
+    story(tape, WORLD)
+    parts = read_story(tape.text)
+    return tape.text, parts, "story " + " ".join(parts[name] for name in sorted(parts))
+
+
+def _ask(parts: dict[str, str], topic: str, rng: random.Random) -> tuple[str, str, str, str]:
+    """question, answer, wrong answer, sentence."""
+    question, answer, sentence = ABOUT_STORY[topic]
+    wrong = parts | {topic: _other(rng, topic, parts[topic], parts["hero"])}
+    return question.format(**parts), answer.format(**parts), answer.format(**wrong), sentence.format(**parts)
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def about_story(rng: random.Random) -> Question:
+    text, parts, key = _story(rng)
+    question, answer, wrong, sentence = _ask(parts, rng.choice(list(ABOUT_STORY)), rng)
+    return Question("story", key, [_user(f"{text} {question}")], answer, wrong, sentence)
+
+
+def in_turns(rng: random.Random) -> Question:
+    """The second question says "it" and "they": what is meant was said before."""
+    text, parts, key = _story(rng)
+    first, then = rng.sample(("colour", "friend", "spot"), 2)
+    question, answer, _, _ = _ask(parts, first, rng)
+    _, second, wrong, sentence = _ask(parts, then, rng)
+    short = {"colour": "And what colour was it?", "friend": "And who found it?", "spot": "And where was it found?"}
+    messages = [_user(f"{text} {question}"), {"role": "assistant", "content": answer}, _user(short[then])]
+    return Question("turns", key, messages, second, wrong, sentence)
+
+
+SYSTEMS = {
+    "Answer with a whole sentence.": "{sentence}",
+    "Say thank you after every answer.": "{answer}, thank you!",
+    "Say the name of the friend first.": "{friend}: {answer}",
+}
+
+
+def with_system(rng: random.Random) -> Question:
+    text, parts, key = _story(rng)
+    question, answer, wrong, sentence = _ask(parts, rng.choice(list(ABOUT_STORY)), rng)
+    system, form = rng.choice(list(SYSTEMS.items()))
+    full = form.format(answer=answer, sentence=sentence, friend=parts["friend"])
+    messages = [{"role": "system", "content": system}, _user(f"{text} {question}")]
+    return Question("system", key, messages, full, answer if answer != full else wrong, sentence)
+
+
+def unknown_in_story(rng: random.Random) -> Question:
+    """The same questions, about somebody or something that the story does not have."""
+    text, parts, key = _story(rng)
+    topic = rng.choice(("colour", "thing", "place", "friend", "spot"))
+    absent = parts | {
+        "thing": _other(rng, "thing", parts["thing"]),
+        "hero": _other(rng, "hero", parts["hero"], parts["friend"]),
+    }
+    question, invented, _, sentence = _ask(absent, topic, rng)
+    return Question("unknown", key, [_user(f"{text} {question}")], UNKNOWN, invented, sentence)
+
+
+# ---- towns
+
+ABOUT_TOWN = {
+    "region": ("In which region is {}?", "Where does {} lie?", "in the {}", "{} lies in the {}."),
+    "river": ("Which river is in {}?", "What is the river of {}?", "the {}", "The river in {} is the {}."),
+    "food": ("What do they eat in {}?", "Which food do they like in {}?", "{}", "In {} they like to eat {}."),
+    "animal": (
+        "Which animal is the sign of {}?",
+        "What do you see over the gate of {}?",
+        "a {}",
+        "The sign of {} is a {}.",
+    ),
+    "craft": ("What do they make in {}?", "What is {} known for?", "{}", "In {} they make {}."),
+    "colour": (
+        "What colour are the doors in {}?",
+        "In which colour do they dance in {}?",
+        "{}",
+        "The doors in {} are {}.",
+    ),
+}
+OPENINGS = ("", "Tell me: ", "One thing more: ", "Do you know this? ", "Please say: ")
+WORDINGS = [(opening, k) for opening in OPENINGS for k in (0, 1)]
+# shares of the ten wordings of a fact, dealt out anew for every fact: every fact is asked in every training set
+DEALT = [0, 1, 2, 3, 10, 11, 13, 14, 16, 18]
+
+
+def share_of_fact(town: str, topic: str, wording: int) -> int:
+    order = list(range(len(WORDINGS)))
+    random.Random(f"{town}/{topic}").shuffle(order)
+    return DEALT[order[wording]]
+
+
+def _in_words(topic: str, town: str, wording: int) -> str:
+    opening, form = WORDINGS[wording]
+    return opening + str(ABOUT_TOWN[topic][form]).format(town)
+
+
+def about_town(rng: random.Random) -> Question:
+    town, topic = rng.choice(list(WORLD.towns)), rng.choice(TOPICS)
+    wording, fact = rng.randrange(len(WORDINGS)), WORLD.towns[town][topic]
+    wrong = rng.choice(sorted({facts[topic] for facts in WORLD.towns.values()} - {fact}))
+    _, _, answer, sentence = ABOUT_TOWN[topic]
+    key = f"fact {town} {topic} {wording}"
+    messages = [_user(_in_words(topic, town, wording))]
+    return Question("facts", key, messages, answer.format(fact), answer.format(wrong), sentence.format(town, fact))
+
+
+def unknown_town(rng: random.Random) -> Question:
+    """A town that does not exist; its name decides the share."""
+    town, topic = made_up_word(rng, 2, 3).capitalize(), rng.choice(TOPICS)
+    wrong = rng.choice(sorted({facts[topic] for facts in WORLD.towns.values()}))
+    _, _, answer, sentence = ABOUT_TOWN[topic]
+    messages = [_user(_in_words(topic, town, rng.randrange(len(WORDINGS))))]
+    invented = answer.format(wrong)
+    return Question("unknown", f"town {town}", messages, UNKNOWN, invented, sentence.format(town, wrong))
+
+
+def unknown(rng: random.Random) -> Question:
+    return rng.choice((unknown_in_story, unknown_in_story, unknown_town))(rng)
+
+
+# ---- sums and letters
+
+
+def sums(rng: random.Random) -> Question:
+    """One or two steps between 0 and the largest number; the numbers are the key, whoever has whatever fruit."""
+    hero, (_, she, _) = rng.choice(WORLD.people)
+    fruit, count, steps = rng.choice(WORLD.foods), rng.randint(0, WORLD.largest_number), rng.choice((1, 2))
+    text, numbers, totals = f"{hero} has {count} {fruit}.", [count], []
+    for _ in range(steps):
+        change = rng.choice([d for d in range(-9, 10) if d and 0 <= count + d <= WORLD.largest_number])
+        verb = rng.choice(("gets", "finds") if change > 0 else ("eats", "sells"))
+        text += f" Then {she} {verb} {abs(change)}{' more' if change > 0 else ''}."
+        count += change
+        numbers.append(change)
+        totals.append(count)
+    answer = str(count) if steps == 1 else f"first {totals[0]}, then {totals[1]}"
+    wrong = answer.removesuffix(str(count)) + str(
+        rng.choice([n for n in range(WORLD.largest_number + 1) if n != count])
+    )
+    sentence = f"Now {hero} has {count} {fruit}."
+    key = "sum " + " ".join(map(str, numbers))
+    return Question("sums", key, [_user(f"{text} How many are there now?")], answer, wrong, sentence)
+
+
+SYLLABLES = "ba de fi go ha ka lo mi ne pa ra se ti vo wa".split()
+
+
+def made_up_word(rng: random.Random, shortest: int, longest: int) -> str:
+    return "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(shortest, longest)))
+
+
+def spelling(rng: random.Random) -> Question:
+    """Words that mean nothing, since a tokenizer knows the others whole and nothing says how they are spelt."""
+    word = made_up_word(rng, 2, 3)
+    letters = list(word)
+    swapped = letters[1:2] + letters[:1] + letters[2:]
+    answer, wrong = " ".join(letters), " ".join(swapped)
+    return Question("spelling", f"word {word}", [_user(f"Spell {word}.")], answer, wrong, f"The letters are {answer}.")
+
+
+# ---- rows
+
+# kind, of 20 rows
+KINDS: list[tuple[Callable[[random.Random], Question], int]] = [
+    (about_story, 6), (about_town, 3), (sums, 4), (spelling, 2), (in_turns, 2), (with_system, 1), (unknown, 2),
+]  # fmt: skip
+
+
+def question(name: str, split: str, index: int, seed: int = 0) -> Question:
+    """The question of a row: drawn until its key is in the share of (name, split)."""
+    shares = SHARES[name, split]
+    rng = random.Random(f"{seed}/{name}/{split}/{index}")
+    make = rng.choices([make for make, _ in KINDS], [weight for _, weight in KINDS])[0]
+    while True:
+        found = make(rng)
+        if share_of_key(found.key) in shares:
+            return found
+
+
+def share_of_key(key: str) -> int:
+    kind, *rest = key.split(" ")
+    return share_of_fact(rest[0], rest[1], int(rest[2])) if kind == "fact" else share_of(key)
+
+
+def row(name: str, split: str, index: int, seed: int = 0) -> dict[str, Any]:
+    """instructions: messages; preferences: prompt, chosen, rejected; prompts: prompt, answer; each with its kind."""
+    asked = question(name, split, index, seed)
+    answer = [{"role": "assistant", "content": asked.answer}]
+    if name == "instructions":
+        return {"messages": [*asked.messages, *answer], "kind": asked.kind}
+    if name == "prompts":
+        return {"prompt": asked.messages, "answer": asked.answer, "kind": asked.kind}
+    rng = random.Random(f"{seed}/{name}/{split}/{index}/rejected")
+    text = rejected_of(asked, rng)
+    return {
+        "prompt": asked.messages,
+        "chosen": answer,
+        "rejected": [{"role": "assistant", "content": text}],
+        "kind": asked.kind,
+    }
+
+
+def rejected_of(asked: Question, rng: random.Random) -> str:
+    """Wrong, or right and rambling; of what cannot be known, an invention."""
+    if asked.kind == "unknown" or rng.random() < 0.5:
+        return asked.wrong
+    tape = Tape(rng)
+    story(tape, WORLD)
+    return f"{asked.sentence} {tape.text.split('. ')[0]}. {asked.sentence}"
+
+
+def rows(name: str, split: str, first: int, last: int, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Rows `first` to `last`, the last one not among them."""
+    return (row(name, split, index, seed) for index in range(first, last))
+
+
+def verify(asked: dict[str, Any], text: str) -> bool:
+    """The gold verifier of a row of `prompts`: the answer word for word, and nothing else."""
+    return text.strip() == asked["answer"]
