@@ -29,6 +29,8 @@ from ..run import resolve_model_dir
 if TYPE_CHECKING:
     from peft import PeftModel
 
+QUANTIZED = "base_quantization.json"  # in the folder of an adapter whose base was quantised
+
 # keys, what their value must be, how to say it
 BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
     ("lora_r lora_alpha", lambda v: v >= 1, "1 or more"),
@@ -48,7 +50,7 @@ DEPENDENT: list[tuple[str, Callable[[Any], bool], str]] = [
 # ---- the base
 
 
-def _stored_config(path: str, revision: str = "main") -> dict[str, Any]:
+def stored_config(path: str, revision: str = "main") -> dict[str, Any]:
     """config.json as it is, no code run; empty where there is none, which loading the model will say better."""
     try:
         return PreTrainedConfig.get_config_dict(path, revision=revision)[0]
@@ -62,7 +64,7 @@ def quantization(config: SftConfig, path: str, device: Device) -> BitsAndBytesCo
     Arithmetic is in bfloat16 where the GPU has it, else in float32. Embeddings, norms and head are never quantised.
     """
     wanted = [key for key in ("load_in_4bit", "load_in_8bit") if getattr(config, key)]
-    if "quantization_config" in _stored_config(path, config.model_revision):
+    if "quantization_config" in stored_config(path, config.model_revision):
         if wanted:
             raise UserError(f"{wanted[0]}=true: {path!r} is stored in quantised form already; remove the key")
         if not config.use_peft:
@@ -222,6 +224,13 @@ def _trained_rows(model: PreTrainedModel, config: SftConfig, ids: list[int]) -> 
     return rows, saved
 
 
+def train_in_float32(model: nn.Module) -> None:
+    """Undoes what TRL (1.16) does to adapters on a quantised base: in bfloat16 small updates round to none."""
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+
+
 def add_adapter(model: PreTrainedModel, config: SftConfig, new_token_ids: Iterable[int] = ()) -> "PeftModel":
     """The model under a fresh adapter, base frozen; rows of `new_token_ids` are trained and saved with it.
 
@@ -282,20 +291,26 @@ def adapter_dir(name: str) -> Path | None:
     return next((folder for folder in folders if (folder / "adapter_config.json").is_file()), None)
 
 
+def recorded_base(folder: Path) -> str:
+    """The base that the adapter names, empty where it names none."""
+    try:
+        found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder}/adapter_config.json: cannot be read ({type(error).__name__})") from None
+    return str(found or "")
+
+
 def base_of(folder: Path, given: str | None = None) -> str:
     """The base to load: the given one, or the one that the adapter names. Raises UserError for another base."""
-    try:
-        recorded = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/adapter_config.json: cannot be read ({type(error).__name__})") from None
+    recorded = recorded_base(folder)
     if not given and not recorded:
         raise UserError(f"{folder}: names no base; give base_model_name_or_path")
-    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(recorded)) is not None
+    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", recorded) is not None
     if not given and not is_hub_id and not Path(recorded).exists():
         raise UserError(f"{folder}: names the base {recorded!r}, which is not there; give base_model_name_or_path")
-    path = resolve_model_dir(given or str(recorded))
+    path = resolve_model_dir(given or recorded)
     if given and recorded:
-        theirs, own = _stored_config(path), _stored_config(str(recorded))
+        theirs, own = stored_config(path), stored_config(recorded)
         for key in ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer"):
             if theirs.get(key) != own.get(key) and theirs and own:
                 raise UserError(
@@ -312,9 +327,11 @@ def load_base_and_adapter(
     trust_remote_code: bool = False,
     quantization_config: BitsAndBytesConfig | None = None,
     device: str = "cpu",
+    dequantize: bool = False,
 ) -> "PeftModel":
     """An adapter folder (or the run folder that holds it) on its base, grown to the adapter's vocabulary, in eval mode.
 
+    `dequantize`: a base that is stored in quantised form becomes a plain one of the same (rounded) values.
     Raises UserError when the folder is no adapter, when its base is not there or when it belongs to another base.
     """
     folder = adapter_dir(name)
@@ -331,14 +348,20 @@ def load_base_and_adapter(
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"base_model_name_or_path={path!r}: cannot be loaded ({str(error).splitlines()[0]})") from None
     if is_quantized(model):
+        model = model.dequantize(dtype) if dequantize else model
         keep_unpacked(model)
     adapted = put_on(model, folder, path)
     return adapted if is_quantized(model) else adapted.to(device)
 
 
 def save_adapter(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-    """What was trained, and no more: of a grown embedding only the rows of new tokens, `put_on` grows it again."""
+    """What was trained, and no more: of a grown embedding only the rows of new tokens, `put_on` grows it again.
+
+    Beside it how the base was quantised, which PEFT does not keep, and which decides what merging means.
+    """
     model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+    if is_quantized(model):
+        (folder / QUANTIZED).write_text(model.config.quantization_config.to_json_string(), encoding="utf-8")
 
 
 def _stored_rows(config: Any, weights: dict[str, torch.Tensor], folder: Path) -> int:
