@@ -126,7 +126,14 @@ def merge(model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTr
     """
     dtype = model.get_base_model().dtype
     merged, _ = merge_checked(model, probe_rows(model, tokenizer))
-    return merged.to(dtype)
+    return _cast(merged, dtype)
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Weights only: `model.to(dtype)` would round the frequencies of RoPE too, which no file holds."""
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model
 
 
 # ---- the verb
@@ -145,7 +152,7 @@ def trained_on(folder: Path, path: str) -> dict[str, Any] | None:
                 found["bnb_4bit_use_double_quant"] = recipe.get("use_bnb_nested_quant", False)
             if found:
                 return found
-    stored = (stored_config(base).get("quantization_config") for base in (path, recorded_base(folder)) if base)
+    stored = (stored_config(base).get("quantization_config") for base in (path, recorded_base(folder)))
     return next((how for how in stored if how), None)
 
 
@@ -172,9 +179,11 @@ def _logits_on_quantized(
     config: MergeConfig, folder: Path, path: str, quantized: dict[str, Any], device: str, rows: list[Tensor]
 ) -> Tensor:
     """Of the adapter on the base that it was trained on, with float32 arithmetic."""
-    is_stored = "quantization_config" in stored_config(path)
-    how = None if is_stored else BitsAndBytesConfig.from_dict(quantized | {"bnb_4bit_compute_dtype": "float32"})
-    model = load_base_and_adapter(str(folder), path, torch.float32, config.trust_remote_code, how, device)
+    stored = [base for base in (path, recorded_base(folder)) if "quantization_config" in stored_config(base)]
+    how = None if stored else BitsAndBytesConfig.from_dict(quantized | {"bnb_4bit_compute_dtype": "float32"})
+    model = load_base_and_adapter(
+        str(folder), (stored or [path])[0], torch.float32, config.trust_remote_code, how, device
+    )
     return get_logits(model, rows)
 
 
@@ -236,7 +245,7 @@ def main(config: MergeConfig) -> Result:
             f"{far.top1:.1%} of positions"
         )
     dtype = _dtype(config, path)
-    merged = merged.to(dtype)
+    merged = _cast(merged, dtype)
     merged.config.use_cache = True
     if has_own:
         _set_special_ids(merged, tokenizer, folder)
