@@ -268,7 +268,7 @@ def add_adapter(model: PreTrainedModel, config: SftConfig, new_token_ids: Iterab
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=config.lora_target_modules,
-        modules_to_save=saved or None,
+        modules_to_save=list(saved) or None,  # PEFT changes it
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         trainable_token_indices=rows or None,
@@ -290,6 +290,8 @@ def add_adapter(model: PreTrainedModel, config: SftConfig, new_token_ids: Iterab
             f"lora_modules_to_save={saved}: embedding and head of this model are tied, and would be trained apart; "
             f"name the head ({_ends(model)[1]}) to train both as one"
         )
+    if trains_tied:  # PEFT (0.21) writes down the embedding instead, which it would not tie again if it is called wte
+        adapted.peft_config["default"].modules_to_save = saved
     _give_head_its_bias(adapted)
     return adapted
 

@@ -102,13 +102,11 @@ def merge_checked(model: Any, rows: list[Tensor]) -> tuple[PreTrainedModel, Diff
         kind = model.peft_config[model.active_adapter].peft_type.value
         raise UserError(f"the adapter is of the kind {kind}, which is no change of weights and cannot be merged")
     model = model.float().eval()
-    adapted = get_logits(model, rows)
+    adapted, was_tied = get_logits(model, rows), model.config.get_text_config().tie_word_embeddings
     merged = model.merge_and_unload()
-    head = merged.get_output_embeddings()
-    if merged.config.get_text_config().tie_word_embeddings and head is not None:
-        if not torch.equal(head.weight, merged.get_input_embeddings().weight):
-            raise UserError("embedding and head are tied in the base, but the adapter changed them apart; not merged")
-        head.weight = merged.get_input_embeddings().weight
+    head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+    if was_tied and torch.equal(head.weight, embedding.weight):  # PEFT unties what it trained in full
+        head.weight, merged.config.get_text_config().tie_word_embeddings = embedding.weight, True
     difference = compare(adapted, get_logits(merged, rows))
     if not difference.relative <= TOLERANCE:
         raise UserError(

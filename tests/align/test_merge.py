@@ -140,6 +140,17 @@ def test_the_folder_is_the_adapted_model(name, kind, tmp_path, capsys):
     assert ("likeliest token is the same at" in out) == is_quantized and "largest logit difference" in out
 
 
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_a_tied_head_trained_in_full_is_one_with_its_embedding_again(name, tmp_path):
+    """PEFT leaves two equal matrices, and a config that says so."""
+    model = adapted(name, new_tokens=2, lora_modules_to_save=["lm_head"])
+    assert model.peft_config["default"].modules_to_save == ["lm_head"]
+    run(save_run(model, tmp_path / "a"), tmp_path / "m")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert merged.lm_head.weight is merged.get_input_embeddings().weight
+    assert compare(logits(model, ids(2))[0], logits(merged, ids(2))[0]).relative < 1e-4
+
+
 def test_how_far_it_is_from_the_quantised_model_is_measured(tmp_path):
     """Against PEFT's own loading of base and adapter."""
     save_run(adapted("llama", load_in_4bit=True), tmp_path / "adapter")
@@ -256,18 +267,19 @@ def test_tokenizer_and_template_are_the_bases_where_the_adapter_has_none(tmp_pat
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("name", ["llama", "llmkit"])
-def test_a_fresh_process_without_peft_and_llmkit_loads_it(name, tmp_path):
-    model = adapted(name, new_tokens=2)
-    save_run(model, tmp_path / "a")
-    run(tmp_path / "a", tmp_path / "m")
-    code = f"""
-import sys; sys.modules["peft"] = sys.modules["llmkit"] = None
-import torch; from transformers import AutoModelForCausalLM, AutoTokenizer
-m = AutoModelForCausalLM.from_pretrained({str(tmp_path / "m")!r}, trust_remote_code={name == "llmkit"})
-AutoTokenizer.from_pretrained({str(tmp_path / "m")!r}, trust_remote_code=False).chat_template.index("generation")
-with torch.no_grad(): print(m(torch.tensor({ids(2).tolist()})).logits.double().abs().sum().item())
-"""
+def test_a_fresh_process_without_peft_and_llmkit_loads_it(tmp_path):
+    code = 'import sys; sys.modules["peft"] = sys.modules["llmkit"] = None\n'
+    code += "import torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+    expected = []
+    for name in ("llama", "llmkit"):
+        model, folder = adapted(name, new_tokens=2), str(tmp_path / name)
+        run(save_run(model, tmp_path / f"{name}-adapter"), Path(folder))
+        expected.append(logits(model, ids(2)).double().abs().sum().item())
+        code += f"m = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code={name == 'llmkit'})\n"
+        code += (
+            f"AutoTokenizer.from_pretrained({folder!r}, trust_remote_code=False).chat_template.index('generation')\n"
+        )
+        code += f"print(m(torch.tensor({ids(2).tolist()})).logits.double().abs().sum().item())\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == pytest.approx(logits(model, ids(2)).double().abs().sum().item(), rel=1e-5)
+    assert [float(line) for line in done.stdout.split()] == pytest.approx(expected, rel=1e-5)
