@@ -11,6 +11,7 @@ import importlib
 import os
 import select
 import sys
+from pathlib import Path
 from typing import Any
 
 from . import __version__, config, launch, run
@@ -33,7 +34,7 @@ VERBS: dict[str, tuple[str, type, str]] = {
     "export": ("deploy.export", config.ExportConfig, "write a plain Qwen3 or Llama folder that needs no llmkit"),
 }
 # verb -> the module whose `get_subject(settings, tier)` hands it to the checks
-PREFLIGHT = {"pretrain": "train.preflight"}
+PREFLIGHT = {"pretrain": "train.preflight", "sft": "align.preflight"}
 
 
 def usage() -> str:
@@ -101,8 +102,8 @@ def check(words: list[str]) -> int:
     settings, stage, command = _settings_and_stage("check", words)
     subject: Any = None
     if stage is not None:
-        settings = dataclasses.replace(settings, check_ignore=stage.check_ignore)
-        subject = _import(PREFLIGHT["pretrain"]).get_subject(stage, settings.tier)
+        settings = dataclasses.replace(settings, check_ignore=stage.settings.check_ignore)
+        subject = stage.get_subject(settings.tier)
     return _import("check.verb").main(settings, subject, command)
 
 
@@ -111,27 +112,58 @@ def inspect(words: list[str]) -> int:
     settings, stage, command = _settings_and_stage("inspect", words)
 
     def get_subject() -> Any:
-        subject = _import(PREFLIGHT["pretrain"]).get_subject(stage, 1, is_data_only=True)
+        assert stage is not None
+        subject = stage.get_subject(1, is_data_only=True)
         subject.target = str(config.parse_args(words)[0])
         return subject
 
     return _import("data.inspect_verb").main(settings, get_subject if stage is not None else None, command)
 
 
-def _settings_and_stage(verb: str, words: list[str]) -> tuple[Any, config.PretrainConfig | None, list[str] | None]:
+@dataclasses.dataclass
+class Stage:
+    """A training verb and the settings that a recipe gives it."""
+
+    verb: str
+    settings: Any
+
+    def get_subject(self, tier: int, **options: Any) -> Any:
+        return _import(PREFLIGHT[self.verb]).get_subject(self.settings, tier, **options)
+
+
+def _verb_of(recipe: Path, keys: set[str]) -> str:
+    """The training verb that a recipe is for: by its keys, else by its name: sft.yaml, sft_qlora.yaml.
+
+    Raises UserError where neither decides.
+    """
+    fits = [verb for verb in PREFLIGHT if keys <= _keys(VERBS[verb][1])]
+    named = [verb for verb in PREFLIGHT if recipe.stem.split("_")[0] == verb]
+    if len(fits) == 1 or not named:
+        if len(fits) > 1:
+            raise config.UserError(
+                f"{recipe}: may be a recipe of {' or '.join(fits)}; name the file so, e.g. {fits[0]}_{recipe.name}"
+            )
+        return fits[0] if fits else "pretrain"  # whose error names the unknown key
+    return named[0]
+
+
+def _settings_and_stage(verb: str, words: list[str]) -> tuple[Any, Stage | None, list[str] | None]:
     """The verb's own settings; those of the recipe that it looks at, if one is given; the command after `--`."""
     command = None
     if "--" in words:
         words, command = words[: words.index("--")], words[words.index("--") + 1 :]
     recipe, raw = config.parse_args(words)
     cls = VERBS[verb][1]
-    own, theirs = _keys(cls), _keys(config.PretrainConfig)
-    if recipe is None or set(config.read_recipe(recipe)) <= own:
+    own = _keys(cls)
+    if recipe is None or (given := set(config.read_recipe(recipe))) <= own:
         return config.load(cls, words, verb), None, command
+    trained = _verb_of(recipe, given)
+    their_cls = VERBS[trained][1]
+    theirs = _keys(their_cls)
     # what a training verb would run; keys that both know are the recipe's
     flags = {key: f"--{key}={value}" for key, value in raw.items()}
     for_recipe = [flag for key, flag in flags.items() if key.split(".")[0] in theirs or key not in own]
-    stage = config.load(config.PretrainConfig, [str(recipe), *for_recipe], "pretrain")
+    stage = Stage(trained, config.load(their_cls, [str(recipe), *for_recipe], trained))
     settings: Any = config.load(cls, [f for f in flags.values() if f not in for_recipe], verb)
     if command is not None:
         raise config.UserError(f"{recipe} and a command after `--`; give one of them")
@@ -161,6 +193,7 @@ def dispatch(argv: list[str]) -> int:
         print(help_for([word for word in flags if word not in ("-h", "--help")]))
         return 0
     verb, rest = _verb(argv)
+    run.quiet_loggers()
     try:
         looking = {"check": check, "inspect": inspect}  # verbs that look at what another verb would run
         return looking[verb](rest) if verb in looking else run_verb(verb, rest)

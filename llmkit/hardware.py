@@ -121,7 +121,7 @@ def detect(use_cpu: bool = False, bf16: bool | None = None) -> Device:
     elif not use_cpu and torch.backends.mps.is_available():
         has_bf16, device = True, Device("mps", platform.processor(), bool(bf16), torch.get_num_threads(), None)
     else:  # autocast to bf16 helps only where the CPU multiplies in it
-        has_bf16 = bool(torch.backends.cpu.get_cpu_capability() and _cpu_has_bf16())
+        has_bf16 = bool(torch.backends.cpu.get_cpu_capability() and cpu_has_bf16())
         keep_freed_memory()
         peak = None if bf16 else measured_cpu_flops()
         device = Device("cpu", _cpu_name(), bool(bf16), torch.get_num_threads(), peak)
@@ -130,7 +130,7 @@ def detect(use_cpu: bool = False, bf16: bool | None = None) -> Device:
     return device
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             flags = next((line for line in file if line.startswith(("flags", "Features"))), "")

@@ -13,6 +13,7 @@ import dataclasses
 import errno
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
@@ -156,6 +157,11 @@ def command_name() -> str:
     return os.path.relpath(called) if called.name == "llmkit" else f"{os.path.relpath(sys.executable)} -m llmkit"
 
 
+def quiet_loggers() -> None:
+    """What libraries say while they are imported: call it before."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # looks for kernels of the Hub, and does without
+
+
 def quiet_libraries() -> None:
     """Silences what a user cannot act on, each at its source."""
     import torch
@@ -164,8 +170,12 @@ def quiet_libraries() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed else warns, at import, that it found no GPU
     transformers.utils.logging.disable_progress_bar()
+    quiet_loggers()
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*|.*reduce_scatter_tensor.*")  # by DeepSpeed
     warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*", module="peft.*")
+    # PEFT: of checkpoints, which hold what llmkit needs; and its own calls of what transformers renamed
+    warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`", module="peft.*")
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def versions() -> dict[str, str]:
@@ -398,6 +408,8 @@ class Run:
 
 
 def resolve_model_dir(name_or_path: str) -> str:
-    """A run folder stands for its `model/`; anything else is returned as it is."""
-    inside = Path(name_or_path) / "model"
-    return str(inside) if (inside / "config.json").exists() else name_or_path
+    """A run folder stands for its `model/`, or for its `adapter/` where it has no whole model; the rest is as it is."""
+    for inside, file in (("model", "config.json"), ("adapter", "adapter_config.json")):
+        if (Path(name_or_path) / inside / file).exists():
+            return str(Path(name_or_path) / inside)
+    return name_or_path

@@ -29,10 +29,10 @@ def test_a_cpu_computes_in_float32_unless_asked():
 
 
 def test_bf16_is_refused_on_a_cpu_without_it(monkeypatch):
-    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: False)
     with pytest.raises(UserError, match=r"^bf16=true: cpu \(.+\) has no bfloat16 arithmetic; set bf16: false or null$"):
         detect(use_cpu=True, bf16=True)
-    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: True)
     device = detect(use_cpu=True, bf16=True)
     assert device.bf16 and device.peak_flops is None  # measured in float32
 
@@ -50,7 +50,7 @@ def test_bf16_is_refused_on_a_cpu_without_it(monkeypatch):
 def test_bf16_of_a_cpu_is_read_from_its_flags(line, expected, tmp_path, monkeypatch):
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: Fast CPU\n{line}\n")
     monkeypatch.setattr(hardware, "open", lambda *_, **__: (tmp_path / "cpuinfo").open(), raising=False)
-    assert hardware._cpu_has_bf16() is expected
+    assert hardware.cpu_has_bf16() is expected
     assert hardware._cpu_name() == "Fast CPU"
 
 

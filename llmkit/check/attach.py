@@ -17,6 +17,7 @@ import torch
 
 from ..config import CheckConfig, UserError
 from ..run import resolve_model_dir
+from .columns import COLUMNS, with_trl_columns
 from .forward import bare
 from .hf_trainer import HFTraining, settings_of
 from .report import Report
@@ -25,7 +26,6 @@ from .stored import check_folder
 from .subject import Subject
 
 MAX_ROWS = 20_000
-COLUMNS = ("messages", "conversations", "text", "prompt", "completion", "chosen", "rejected", "input_ids")
 
 
 # a folder or a Hub id
@@ -129,23 +129,6 @@ def _rows_by_datasets(name: str, key: str, limit: int) -> list[dict[str, Any]]:
     except Exception as error:
         raise UserError(f"{key}={name!r}: cannot be loaded ({str(error).splitlines()[0][:200]})") from None
     return [dict(row) for row in (found.select(range(min(limit, len(found)))) if hasattr(found, "select") else found)]
-
-
-def with_trl_columns(row: dict[str, Any]) -> dict[str, Any]:
-    """Alpaca and from/value rows in TRL's columns; every other row as it is."""
-    if "conversations" in row and "messages" not in row:
-        roles = {"human": "user", "gpt": "assistant"}
-        turns = [t for t in row["conversations"] if isinstance(t, dict)]
-        messages = [
-            {"role": roles.get(str(t["from"]), t["from"]), "content": t.get("value")} if "from" in t else t
-            for t in turns
-        ]
-        return {k: v for k, v in row.items() if k != "conversations"} | {"messages": messages}
-    if "instruction" in row and "output" in row and not any(c in row for c in COLUMNS):
-        given = row.get("input")
-        user = row["instruction"] if not given else f"{row['instruction']}\n\n{given}"
-        return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": row["output"]}]}
-    return row
 
 
 def from_folder(settings: CheckConfig) -> Subject:

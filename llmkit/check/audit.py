@@ -64,10 +64,10 @@ def label_rows_counted(subject: Subject, count: int) -> tuple[list[LabelledRow],
     """Raw rows as TRL's SFT makes them, and (index, error) of those that cannot be rendered or tokenised."""
     rows: list[LabelledRow] = []
     broken: list[tuple[int, str]] = []
-    template = training_template(subject)
+    template = training_template(subject.tokenizer, subject.settings)
     for index, raw in enumerate(subject.rows[:count]):
         try:
-            ids, mask = _tokenized(subject, raw, template)
+            ids, mask = tokenize_row(subject.tokenizer, subject.settings, raw, template)
         except Exception as error:
             broken.append((index, first_line(error)))
             continue
@@ -80,21 +80,25 @@ def label_rows_counted(subject: Subject, count: int) -> tuple[list[LabelledRow],
     return rows, broken
 
 
-def training_template(subject: Subject) -> str | None:
+def training_template(tokenizer: Any, settings: dict[str, Any]) -> str | None:
     """TRL's own template with marks, where it trains with that one instead of a stock template without."""
-    if not subject.settings.get("assistant_only_loss") or MARKS.search(str(subject.tokenizer.chat_template)):
+    if not settings.get("assistant_only_loss") or MARKS.search(str(tokenizer.chat_template)):
         return None
     try:
         from trl.chat_template_utils import get_training_chat_template
 
-        return get_training_chat_template(subject.tokenizer)
+        return get_training_chat_template(tokenizer)
     except Exception:  # not installed, or not one of the stock templates
         return None
 
 
-def _tokenized(subject: Subject, raw: dict[str, Any], template: str | None) -> tuple[list[int], list[bool]]:
-    """ids and whether each is trained. Raises ValueError for a row without a column that TRL knows."""
-    tokenizer, settings = subject.tokenizer, subject.settings
+def tokenize_row(
+    tokenizer: Any, settings: dict[str, Any], raw: dict[str, Any], template: str | None = None
+) -> tuple[list[int], list[bool]]:
+    """ids and whether each is trained, uncut, as TRL's SFTTrainer makes them of a row in its columns.
+
+    Raises ValueError for a row without a column that TRL knows, and whatever the template raises.
+    """
     if "input_ids" in raw:
         ids = list(raw["input_ids"])
         labels = raw.get("labels") or ids

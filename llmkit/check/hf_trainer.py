@@ -13,6 +13,7 @@ import copy
 import functools
 import inspect
 import itertools
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,13 @@ def clone(batch: Any) -> Any:
     if not hasattr(batch, "items"):
         return copy.deepcopy(batch)
     return {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in batch.items()}
+
+
+def _raw(given: Any) -> dict[str, Any]:
+    """What is left of the raw row beside its tokens; `llmkit sft` keeps it as JSON."""
+    if not isinstance(given, dict):
+        return {}
+    return json.loads(given["raw"]) if "raw" in given else {k: given[k] for k in RAW_COLUMNS if k in given}
 
 
 class HFTraining:
@@ -134,8 +142,7 @@ class HFTraining:
         rows, dataset = [], self._dataset()
         for index in range(min(count, len(dataset))):
             batch, given = self._collate([index]), dataset[index]
-            raw = {k: given[k] for k in RAW_COLUMNS if k in given} if isinstance(given, dict) else {}
-            rows += _unpadded(batch, [index], raw or None)
+            rows += _unpadded(batch, [index], _raw(given) or None)
         return rows
 
     def _rows_of_loader(self, count: int) -> list[LabelledRow]:

@@ -41,6 +41,7 @@ def _tied_as_configured(base: Any, config: Any) -> Outcome:
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     words = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
     is_copied = any(hasattr(m, "modules_to_save") and hasattr(m, "original_module") for m in (head, words))
+    is_copied = is_copied and getattr(head, "weight", None) is not getattr(words, "weight", 0)  # unless both follow it
     head, words = (getattr(m, "original_module", m) for m in (head, words))
     a, b = (getattr(getattr(m, "base_layer", m), "weight", None) for m in (head, words))
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):

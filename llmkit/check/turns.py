@@ -106,7 +106,7 @@ def earlier_turns_rewritten(subject: Subject) -> Outcome:
     Sources: ms-swift#4939, torchtitan#4504.
     """
     tokenizer = need_template(subject)
-    template = training_template(subject)
+    template = training_template(subject.tokenizer, subject.settings)
     options: dict[str, Any] = {"chat_template": template} if template else {}
     limit, looked, reason = "the same beginning", 0, ""
     for think in ("", "<think>\nso\n</think>\n\n"):
@@ -199,7 +199,7 @@ def assistant_mask_wrong(subject: Subject) -> Outcome:
     Sources: transformers#34172, #47325, trl#4201, marin#7237.
     """
     tokenizer = need_template(subject)
-    template = training_template(subject)
+    template = training_template(subject.tokenizer, subject.settings)
     limit = "answers with their end of turn"
     if not template and not MARKS.search(str(tokenizer.chat_template)):
         if not subject.settings.get("assistant_only_loss"):

@@ -141,12 +141,26 @@ def save_checkpoint(
             save_file({**generators, **tensors}, partial / "state.safetensors")
             (partial / "state.json").write_text(json.dumps(state, indent=1, default=str), encoding="utf-8")
             (partial / INDEX).write_text(_as_text(_files(partial)), encoding="utf-8")
-        for old in sorted(path.parent.glob(STEP))[: -save_total_limit if save_total_limit else 0]:
-            hidden = old.with_name(f".{old.name}.gone")  # a kill must not leave half of it under its name
-            os.rename(old, hidden)
-            shutil.rmtree(hidden)
+        _remove_oldest(path.parent, save_total_limit)
     engine.accelerator.wait_for_everyone()
     return path
+
+
+def _remove_oldest(parent: Path, save_total_limit: int | None) -> None:
+    for old in sorted(parent.glob(STEP))[: -save_total_limit if save_total_limit else 0]:
+        hidden = old.with_name(f".{old.name}.gone")  # a kill must not leave half of it under its name
+        os.rename(old, hidden)
+        shutil.rmtree(hidden)
+
+
+def seal_checkpoint(written: Path, path: Path, save_total_limit: int | None) -> None:
+    """Turns a folder that another trainer wrote into a checkpoint: indexed, on the disk, then renamed to `path`."""
+    (written / INDEX).write_text(_as_text(_files(written)), encoding="utf-8")
+    with written_beside(path, replace=True) as partial:
+        for file in written.iterdir():
+            os.rename(file, partial / file.name)
+    written.rmdir()
+    _remove_oldest(path.parent, save_total_limit)
 
 
 # ---- random generators: torch on the CPU and the device, numpy and Python
@@ -213,7 +227,8 @@ def damage(folder: Path) -> str | None:
 
 def _open(folder: Path) -> Checkpoint:
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    return Checkpoint(folder, state, load_file(folder / "state.safetensors"))
+    tensors = folder / "state.safetensors"  # TRL's trainers keep theirs in files of their own
+    return Checkpoint(folder, state, load_file(tensors) if tensors.exists() else {})
 
 
 def find_checkpoint(run_folder: Path, asked: bool | str, say: Callable[[str], object]) -> Checkpoint | None:

@@ -135,7 +135,7 @@ def work(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: False)
     monkeypatch.setattr(hardware, "measured_cpu_flops", lambda: 1e9)
     for name, content in {"corpus": CORPUS, "empty": "", "short": "cat", "other": "catZ" * 40}.items():
         (tmp_path / f"{name}.txt").write_text(content)

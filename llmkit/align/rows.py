@@ -1,0 +1,276 @@
+"""Rows in TRL's columns -> tokens and labels: what instruction tuning reads.
+
+Owns which tokens of a row are trained, that no row is cut or dropped unseen, the mixture, the held-out split, packing.
+
+    labeller = Labeller(tokenizer, config);  data = get_data(config, labeller)     # data.train, data.shards
+
+labels[t] == ids[t], the loss shifts by one; -100 is not trained. The tokens are those of TRL's own preparation
+(`check/audit.py` makes them, the tests compare); it is not used, since it cuts long rows in silence.
+Leaves out batches: TRL's collator makes them.
+"""
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ..check.audit import MARKS, tokenize_row, training_template
+from ..config import SftConfig, UserError
+from ..data.chat import Bad, load_rows
+from ..data.sources import Source, describe, parse_sources
+
+IGNORE = -100
+FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "labels": datasets.List(datasets.Value("int32")),
+        "row": datasets.Value("int32"),  # in its source, from 1
+        "raw": datasets.Value("string"),  # the row in TRL's columns, as JSON
+    }
+)
+
+
+class CannotTrain(ValueError):
+    """Why a row is left out."""
+
+
+class Labeller:
+    """Tokens and labels of a row; what is trained follows from the row's columns unless the recipe says otherwise."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: SftConfig):
+        self.tokenizer, self.config = tokenizer, config
+        self.has_marks = bool(MARKS.search(str(tokenizer.chat_template)))
+        self.template = training_template(tokenizer, {"assistant_only_loss": True})  # TRL's, for stock templates
+        self.can_be_long = config.packing and config.packing_strategy != "bfd"  # cut into pieces, nothing is lost
+
+    def settings(self, row: dict[str, Any]) -> dict[str, Any]:
+        """assistant_only_loss and completion_only_loss for this row, both decided."""
+        is_chat = "messages" in row or isinstance(row.get("prompt"), list)
+        asked, is_pair = self.config.assistant_only_loss, "completion" in row
+        only_answers = "messages" in row if asked is None else bool(asked and is_chat)
+        return {
+            "assistant_only_loss": only_answers,
+            "completion_only_loss": is_pair and self.config.completion_only_loss is not False,
+        }
+
+    def __call__(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """ids and labels. Raises CannotTrain."""
+        settings, given = self.settings(row), row
+        if settings["assistant_only_loss"] and not (self.has_marks or self.template):
+            given, settings = _as_pair(row), {"completion_only_loss": True}
+        template = self.template if settings.get("assistant_only_loss") else None
+        try:
+            ids, is_trained = tokenize_row(self.tokenizer, settings, given, template)
+        except Exception as error:  # templates raise what they like
+            raise CannotTrain(f"the chat template refuses it ({_first_line(error)})") from None
+        if len(ids) > self.config.max_length and not self.can_be_long:
+            raise CannotTrain(f"longer than max_length={self.config.max_length}")
+        if True not in is_trained[1:]:  # the first token is predicted by nothing
+            raise CannotTrain("no token to train on")
+        return ids, [i if keep else IGNORE for i, keep in zip(ids, is_trained, strict=True)]
+
+    def describe(self, row: dict[str, Any]) -> str:
+        settings = self.settings(row)
+        if settings["assistant_only_loss"]:
+            how = "" if self.has_marks else ", marks by TRL" if self.template else ", as prompt and completion"
+            return f"chat, answers are trained{how}"
+        kind = "chat" if "messages" in row or isinstance(row.get("prompt"), list) else "text"
+        return f"{kind}, " + ("completions are trained" if settings["completion_only_loss"] else "all is trained")
+
+
+def _as_pair(row: dict[str, Any]) -> dict[str, Any]:
+    """A chat of one answer as prompt and completion, which needs no marks in the template."""
+    messages = row.get("messages") or [*row["prompt"], *row["completion"]]
+    answers = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+    if answers != [len(messages) - 1]:
+        raise CannotTrain("several answers, and the template has no generation marks")
+    rest = {key: value for key, value in row.items() if key != "messages"}
+    return rest | {"prompt": messages[:-1], "completion": messages[-1:]}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
+@dataclasses.dataclass
+class Data:
+    """What is trained and validated on; `notes` say it in lines."""
+
+    train: datasets.Dataset
+    shards: dict[str, datasets.Dataset]  # unpacked
+    notes: list[str]
+    facts: dict[str, Any]  # for the manifest
+    settings: dict[str, Any]  # assistant_only_loss and completion_only_loss of the training rows
+
+    @property
+    def fingerprint(self) -> str:
+        return self.facts["train"]["sha256"]
+
+    def answer_bytes(self, name: str) -> int:
+        """UTF-8 bytes of what a shard trains or scores, ends of turns aside."""
+        return self.facts[f"shard.{name}"]["trained_bytes"]
+
+
+def get_data(config: SftConfig, labeller: Labeller) -> Data:
+    """Reads, labels, mixes, splits. Raises UserError, also when more rows are bad than max_bad_rows."""
+    seed = config.seed if config.data_seed is None else config.data_seed
+    notes: list[str] = []
+    bad: dict[str, list[Bad]] = {}
+    sources = parse_sources(config.datasets, "datasets")
+    limit = config.overfit if len(sources) == 1 else None
+    parts = [_label(source, config, labeller, notes, bad, limit) for source in sources]
+    train = _mix(parts, [source.fraction for source in sources], seed)
+    shards = {}
+    for i, source in enumerate(parse_sources(config.eval_datasets, "eval_datasets")):
+        name = source.shard or source.name or f"validation{i}"
+        if name in shards:
+            raise UserError(f"eval_datasets: two shards named {name!r}; set `shard:` on each")
+        shards[name] = _label(source, config, labeller, notes, bad)
+    _check_bad(bad, config)
+    if config.test_split_size:
+        if "validation" in shards:
+            raise UserError("test_split_size: makes the shard `validation`, which eval_datasets has too; rename that")
+        if not 1 <= round(config.test_split_size * len(train)) < len(train):
+            raise UserError(f"test_split_size={config.test_split_size} of {len(train)} rows; allowed: a share in between")
+        split = train.train_test_split(test_size=round(config.test_split_size * len(train)), seed=seed)
+        train, shards["validation"] = split["train"], split["test"]
+        notes.append(f"held out  {len(shards['validation']):,} of the training rows as validation, by seed {seed}")
+    if config.overfit:
+        train, shards = train.select(range(min(config.overfit, len(train)))), {}
+    if not len(train):
+        raise UserError("datasets: no row that can be trained on; `llmkit inspect` shows what there is")
+    tokenizer = labeller.tokenizer
+    facts: dict[str, Any] = {"train": _facts(train)}
+    facts |= {f"shard.{name}": _facts(rows, tokenizer) for name, rows in shards.items()}
+    facts["bad_rows"] = {name: dict(Counter(b.problem for b in found)) for name, found in bad.items() if found}
+    return Data(train, shards, notes, facts, labeller.settings(json.loads(train[0]["raw"])))
+
+
+def _label(
+    source: Source,
+    config: SftConfig,
+    labeller: Labeller,
+    notes: list[str],
+    bad: dict[str, list[Bad]],
+    limit: int | None = None,
+) -> datasets.Dataset:
+    """One entry as tokens and labels, on the disk in a folder that goes with the process."""
+    name = describe(source)
+    found: list[Bad] = bad.setdefault(name, [])
+    first: list[dict[str, Any]] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        num_good = 0
+        for row in load_rows(source, Path(config.data_dir)):
+            if isinstance(row, Bad):
+                found.append(row)
+                continue
+            try:
+                ids, labels = labeller(row)
+            except CannotTrain as error:
+                found.append(Bad(row["row"], str(error)))
+                continue
+            if not first:
+                first.append(row)
+            yield {"input_ids": ids, "labels": labels, "row": row["row"], "raw": json.dumps(row, ensure_ascii=False)}
+            num_good += 1
+            if limit and num_good == limit:
+                return
+
+    dataset = _on_disk(rows)
+    if first:
+        notes.append(f"data      {name}: {len(dataset):,} rows, {labeller.describe(first[0])}")
+    return dataset
+
+
+def _on_disk(rows: Callable[[], Iterator[dict[str, Any]]]) -> datasets.Dataset:
+    from datasets.arrow_writer import ArrowWriter
+
+    folder = tempfile.TemporaryDirectory(prefix="llmkit-rows-")
+    path = f"{folder.name}/rows.arrow"
+    with ArrowWriter(path=path, features=FEATURES) as writer:
+        for row in rows():
+            writer.write(row)
+        writer.finalize()
+    dataset = datasets.Dataset.from_file(path)
+    weakref.finalize(dataset, folder.cleanup)
+    return dataset
+
+
+def _mix(parts: list[datasets.Dataset], fractions: list[float | None], seed: int) -> datasets.Dataset:
+    """All rows; with fractions, of every part so many (drawn by seed) that they have these shares and one is used up."""
+    if fractions[0] is not None:
+        shares = np.array(fractions, float) / sum(f or 0 for f in fractions)
+        total = min(len(part) / share for part, share in zip(parts, shares, strict=True))
+        parts = [
+            part.shuffle(seed=seed).select(range(round(total * share)))
+            for part, share in zip(parts, shares, strict=True)
+        ]
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def _check_bad(bad: dict[str, list[Bad]], config: SftConfig) -> None:
+    """Raises UserError for more than max_bad_rows, naming the first row of every problem."""
+    total = sum(map(len, bad.values()))
+    if total <= config.max_bad_rows:
+        return
+    told = []
+    for name, found in bad.items():
+        kinds = Counter(b.problem for b in found)
+        first = {b.problem: b.row for b in reversed(found)}
+        told += [f"{name}: {count:,} x {problem} (first: row {first[problem]})" for problem, count in kinds.items()]
+    raise UserError(
+        f"max_bad_rows={config.max_bad_rows}: {total:,} rows cannot be trained on: {'; '.join(told)}; "
+        f"mend them, or leave them out by max_bad_rows: {total}"
+    )
+
+
+def bad_note(data: Data) -> list[str]:
+    """Lines that count what was left out."""
+    lines = []
+    for name, kinds in data.facts["bad_rows"].items():
+        what = ", ".join(f"{count:,} {problem}" for problem, count in kinds.items())
+        lines.append(f"left out  {name}: {what}")
+    return lines
+
+
+def has_chats(source: Source, config: SftConfig) -> bool:
+    """Whether an entry's first good row needs a chat template."""
+    for row in load_rows(source, Path(config.data_dir)):
+        if not isinstance(row, Bad):
+            return "messages" in row or isinstance(row.get("prompt"), list)
+    return False
+
+
+def _facts(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
+    """Rows, tokens, trained tokens, their bytes where there is a tokenizer, and a hash over ids and labels in order."""
+    digest = hashlib.sha256()
+    num_tokens = num_trained = num_bytes = 0
+    for batch in rows.with_format("numpy").iter(1000):
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            digest.update(np.asarray(ids, np.int32).tobytes() + np.asarray(labels, np.int32).tobytes())
+            num_tokens += len(ids)
+            trained = np.asarray(labels)[1:]
+            trained = trained[trained != IGNORE]
+            num_trained += len(trained)
+            if tokenizer is not None:
+                num_bytes += len(tokenizer.decode(trained, skip_special_tokens=True).encode())
+    told = {"rows": len(rows), "tokens": num_tokens, "trained_tokens": num_trained, "sha256": digest.hexdigest()}
+    return told | ({} if tokenizer is None else {"trained_bytes": num_bytes})
+
+
+def pack(rows: datasets.Dataset, config: SftConfig) -> datasets.Dataset:
+    """As TRL packs; rows that share one are kept apart by position_ids (bfd)."""
+    from trl.data_utils import pack_dataset
+
+    kept = rows.select_columns(["input_ids", "labels"])
+    return pack_dataset(kept, config.max_length, config.packing_strategy, {"keep_in_memory": True})

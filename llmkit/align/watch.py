@@ -1,0 +1,153 @@
+"""What a TRL trainer tells while it runs: logs, the bar, checkpoints of the house's kind, the end by a signal.
+
+Owns one callback for every post-training verb.   trainer.add_callback(Watch(run, console, identity, config))
+
+The trainer writes `checkpoint-500`; when it is whole an index of SHA-256 sums is written into it, and it is renamed to
+`step-00000500`, so that a folder of that name is always complete. Leaves out what a trainer logs.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..config import UserError
+from ..run import Run
+from ..train.checkpoint import seal_checkpoint
+
+
+class Watch(TrainerCallback):
+    """`asked` says whether a signal asked the run to end; `until_learnt` ends it once every token is the likeliest."""
+
+    def __init__(
+        self,
+        run: Run,
+        console: Console,
+        config: Any,
+        identity: dict[str, Any],
+        asked: Callable[[], bool] = lambda: False,
+        until_learnt: bool = False,
+    ):
+        self.run, self.console, self.config, self.identity = run, console, config, identity
+        self.asked, self.until_learnt = asked, until_learnt
+        self.bar: Progress | None = None
+        self.started = time.perf_counter()
+        self.window: tuple[float, float] | None = None  # time and tokens at the last log
+        self.logged: list[dict[str, float]] = []  # in the epoch at hand
+        self.is_stopped = False
+
+    # the bar and the log
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        columns = (
+            BarColumn(30),
+            TextColumn("step {task.completed:,.0f}/{task.total:,.0f}  {task.fields[note]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        )
+        self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self.bar.add_task("train", total=state.max_steps, completed=state.global_step, note="")
+        self.bar.start()
+        self.window = (time.perf_counter(), float(state.num_input_tokens_seen))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        row = {"step": state.global_step} | {
+            key: value for key, value in (logs or {}).items() if isinstance(value, (int, float))
+        }
+        loss = row.get("loss")
+        if loss is not None and not math.isfinite(loss):
+            self.run.append(
+                "alerts.jsonl", {"step": state.global_step, "kind": "not-finite", "message": f"loss is {loss}"}
+            )
+            raise UserError(
+                f"loss is {loss} at step {state.global_step}: the run stops, earlier checkpoints are untouched; "
+                "lower learning_rate or raise warmup_steps"
+            )
+        if self.window and "num_tokens" in row and "loss" in row:
+            now = time.perf_counter()
+            before, seen = self.window
+            row["tokens_per_second"] = round((row["num_tokens"] - seen) / max(now - before, 1e-9), 1)
+            self.window = (now, row["num_tokens"])
+        row["wall_s"] = round(time.perf_counter() - self.started, 2)
+        self.run.log(row)
+        if loss is not None:
+            self.logged.append(row)
+            self._say(args, state, row)
+
+    def _say(self, args: Any, state: Any, row: dict[str, Any]) -> None:
+        rate = f"  {row['tokens_per_second']:,.0f} tok/s" if "tokens_per_second" in row else ""
+        note = f"loss {row['loss']:.4f}{rate}"
+        if self.bar and not self.bar.disable:
+            self.bar.update(self.bar.task_ids[0], note=note)
+        elif (done := state.global_step) and done * 10 // state.max_steps > (
+            (done - args.logging_steps) * 10 // state.max_steps
+        ):  # no terminal: about ten lines
+            self.console.print(f"step {done:>6,}/{state.max_steps:,}  {note}")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        losses = "  ".join(f"{k[5:-5]} {v:.4f}" for k, v in metrics.items() if k.endswith("_loss"))
+        if losses:
+            self.console.print(f"eval {state.global_step:>6,}/{state.max_steps:,}  {losses}")
+
+    # the end
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar:
+            self.bar.update(self.bar.task_ids[0], completed=state.global_step)
+        if _any_rank(self.asked()):
+            self.is_stopped = control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.until_learnt and self.logged and all(_is_learnt(row) for row in self.logged):
+            control.should_training_stop = True
+        self.logged.clear()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    # checkpoints
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        PartialState().wait_for_everyone()
+        if self.run.is_main:
+            parent = Path(args.output_dir)
+            written = parent / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            (parent / "README.md").unlink(missing_ok=True)  # TRL's card, of a model that nobody publishes yet
+            if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+                shutil.rmtree(written)
+                raise UserError(
+                    "the weights are not finite any more: not saved, earlier checkpoints are untouched; "
+                    "lower learning_rate or raise warmup_steps"
+                )
+            told = {"step": state.global_step, "identity": self.identity, "recipe": dataclasses.asdict(self.config)}
+            (written / "state.json").write_text(json.dumps(told, indent=1, default=str), encoding="utf-8")
+            seal_checkpoint(written, parent / f"step-{state.global_step:08d}", self.config.save_total_limit)
+        PartialState().wait_for_everyone()
+
+
+def _is_learnt(row: dict[str, float]) -> bool:
+    """Greedy decoding repeats the rows: every token is the likeliest one, with room to spare."""
+    return row["mean_token_accuracy"] == 1 and row["loss"] < 0.01
+
+
+def _any_rank(asked: bool) -> bool:
+    """Whether any rank was asked to end: all must end at the same step."""
+    if PartialState().num_processes == 1:
+        return asked
+    from accelerate.utils import gather_object
+
+    return any(gather_object([asked]))

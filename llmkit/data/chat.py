@@ -1,0 +1,104 @@
+"""Rows to tune on: builtin/toyworld, local files, Hub data sets, in any of the usual formats.
+
+Owns loading the rows of one entry of `datasets:`, in TRL's columns, with those that teach nothing set apart.
+
+    for row in load_rows(source, data_dir): ...      # columns of TRL, and `row`: its number in the source, from 1
+
+Text, chat (messages, sharegpt, from/value), prompt/completion, alpaca and question/answer are told by their columns
+(`check/columns.py`); `columns: {theirs: ours}` renames first. Leaves out templates and tokens: `align/rows.py`.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+
+from ..check.columns import problem_of, with_trl_columns
+from ..config import UserError
+from .sources import Source, describe, find_builder, find_files, hub_rows, toyworld_range
+
+KEPT = ("messages", "prompt", "completion", "text", "tools", "chat_template_kwargs", "kind")
+
+
+class Bad(NamedTuple):
+    row: int  # from 1
+    problem: str
+
+
+def load_rows(source: Source, data_dir: Path) -> Iterator[dict[str, Any] | Bad]:
+    """Good rows, each with `row`, and the others. Raises UserError for what cannot be read or has no known format."""
+    number = 0
+    for number, given in enumerate(_read(source, data_dir), 1):
+        row = with_trl_columns(given)
+        if number == 1:
+            _check_format(source, given, row)
+        problem = problem_of(row)
+        kept = {key: row[key] for key in KEPT if row.get(key) is not None}
+        yield Bad(number, problem) if problem else kept | {"row": number}
+    if not number:
+        raise UserError(f"{describe(source)}: nothing in it; point at a file or split that has rows")
+
+
+def _check_format(source: Source, given: dict[str, Any], row: dict[str, Any]) -> None:
+    """Raises UserError where the first row is of no format that is known."""
+    if "messages" in row or {"prompt", "completion"} <= set(row) or "text" in row:
+        return
+    if "chosen" in row:
+        raise UserError(f"{describe(source)}: preference pairs (chosen, rejected); `llmkit sft` takes answers")
+    raise UserError(
+        f"{describe(source)}: no format that is known among the columns {', '.join(sorted(given))}; expected messages, "
+        "conversations, prompt and completion, instruction and output, question and answer, or text; "
+        "`columns: {yours: ours}` renames"
+    )
+
+
+def _read(source: Source, data_dir: Path) -> Any:
+    """An iterable of raw rows, without keys that hold nothing."""
+    if source.path.startswith("builtin/"):
+        from . import toychat
+
+        names, split, first, last = toyworld_range(source, toychat.NAMES)
+        return toychat.rows(names[0], split, first, last)
+    kind = find_builder(source)
+    if kind is None:
+        found = hub_rows(source)
+    else:
+        found = _local(source, kind, [str(path) for path in find_files(source, data_dir)])
+    if isinstance(source.columns, dict):
+        missing = [name for name in source.columns if name not in found.column_names]
+        if missing:
+            raise UserError(
+                f"{describe(source)}: columns: no {missing[0]!r} among {', '.join(sorted(found.column_names))}"
+            )
+        found = found.rename_columns(source.columns)
+    elif source.columns:
+        raise UserError(f"{describe(source)}: columns={source.columns!r}; here it renames: {{yours: ours}}")
+    return ({key: value for key, value in row.items() if value is not None} for row in found)
+
+
+def _local(source: Source, kind: str, files: list[str]) -> Any:
+    """By `datasets`; whose cache is keyed by the files' content, so an edited file is read anew."""
+    datasets.disable_progress_bars()
+    options: dict[str, Any] = {"sample_by": source.sample_by} if kind == "text" else {}
+    try:
+        return datasets.load_dataset(kind, data_files=files, split=source.split, **options)
+    except Exception as error:
+        raise UserError(f"{describe(source)}: {_reason(files, error)}") from None
+
+
+def _reason(files: list[str], error: Exception) -> str:
+    """The line that is no JSON where there is one, else what `datasets` said first."""
+    for name in files:
+        if not name.endswith(".jsonl"):
+            continue
+        with open(name, encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    if line.strip() and not isinstance(json.loads(line), dict):
+                        return f"{name}:{number}: not a JSON object; mend that line"
+                except ValueError as wrong:
+                    return f"{name}:{number}: not JSON ({wrong}); mend that line"
+    cause = error.__cause__ or error
+    return f"cannot be read ({str(cause).strip().splitlines()[0][:200]}); expected rows of one kind"
