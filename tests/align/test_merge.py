@@ -140,11 +140,12 @@ def test_the_folder_is_the_adapted_model(name, kind, tmp_path, capsys):
     assert ("likeliest token is the same at" in out) == is_quantized and "largest logit difference" in out
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
-def test_a_tied_head_trained_in_full_is_one_with_its_embedding_again(name, tmp_path):
-    """PEFT leaves two equal matrices, and a config that says so."""
+@pytest.mark.parametrize("name, written", [("gpt2", "lm_head"), ("gpt2", "transformer.wte"), ("qwen3", "lm_head")])
+def test_a_tied_head_trained_in_full_is_one_with_its_embedding_again(name, written, tmp_path):
+    """PEFT writes down the embedding, and then leaves two equal matrices and a config that says so."""
     model = adapted(name, new_tokens=2, lora_modules_to_save=["lm_head"])
     assert model.peft_config["default"].modules_to_save == ["lm_head"]
+    model.peft_config["default"].modules_to_save = [written]
     run(save_run(model, tmp_path / "a"), tmp_path / "m")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert merged.lm_head.weight is merged.get_input_embeddings().weight
