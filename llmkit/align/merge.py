@@ -27,7 +27,7 @@ from transformers import (
 
 from ..config import MergeConfig, UserError, read_recipe
 from ..data.tokenizer import load_tokenizer, save_tokenizer
-from ..hardware import cpu_seconds, detect
+from ..hardware import cpu_seconds
 from ..run import Result, quiet_libraries, written_beside
 from .lora import QUANTIZED, adapter_dir, base_of, is_quantized, load_base_and_adapter, recorded_base, stored_config
 
@@ -218,8 +218,7 @@ def main(config: MergeConfig) -> Result:
     started = time.perf_counter()
     folder, path, quantized = check(config)
     quiet_libraries()
-    found = detect(config.use_cpu).type
-    device = "cpu" if found == "mps" else found  # float32 sums of mps are not exact enough to compare
+    device = "cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu"  # float32 of mps is not compared
     tokenizer, has_own = _tokenizer(config, folder, path)
     model = load_base_and_adapter(
         str(folder), path, torch.float32, config.trust_remote_code, None, device, dequantize=bool(quantized)
