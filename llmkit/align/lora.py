@@ -363,7 +363,9 @@ def load_base_and_adapter(
     path = base_of(folder, base)
     how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": dtype}
     if quantization_config:  # None would hide that a base is stored in quantised form
-        how |= {"quantization_config": quantization_config, "device_map": {"": device}}
+        how["quantization_config"] = quantization_config
+    if quantization_config or "quantization_config" in stored_config(path):  # else onto a GPU, whatever was asked for
+        how["device_map"] = {"": device}
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **how)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
