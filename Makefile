@@ -7,7 +7,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_DISABLE_TELEMETRY := 1
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: help setup setup-all tokenizer-toy check-toy inspect-toy check-report data-toy data-medium pretrain-toy generate-toy export-toy pretrain-shakespeare-char clean-toy lint format test test-fast test-all
+.PHONY: help setup setup-all tokenizer-toy check-toy inspect-toy check-report data-toy data-medium pretrain-toy generate-toy export-toy pretrain-shakespeare-char adapt-lora clean-toy lint format test test-fast test-all
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -77,6 +77,11 @@ export-toy: $(VENV)/core  ## write the toy model as a plain Qwen3 folder
 DATA_DIR ?= data
 pretrain-shakespeare-char: $(VENV)/core  ## nanoGPT's classic; DATA_DIR=folder with tiny_shakespeare.txt
 	$(BIN)/llmkit pretrain recipes/shakespeare-char/pretrain.yaml --data_dir $(DATA_DIR)
+
+RECIPE ?= sft
+adapt-lora: $(VENV)/all  ## LoRA on any causal LM: MODEL=path-or-id DATA=rows.jsonl [RECIPE=sft_qlora]
+	@test -n "$(MODEL)" -a -n "$(DATA)" || { echo "make adapt-lora MODEL=path-or-id DATA=rows.jsonl"; exit 2; }
+	$(BIN)/llmkit sft recipes/adapt-lora/$(RECIPE).yaml --model_name_or_path "$(MODEL)" --datasets.0.data_files "$(DATA)"
 
 clean-toy:  ## forget the toy runs
 	rm -rf runs/toy

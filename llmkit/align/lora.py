@@ -8,6 +8,7 @@ Owns the PEFT keys of a recipe, new tokens under an adapter, and an adapter read
 Leaves out merging (`merge.py`) and training. Experts kept as one tensor (MoE) get no adapter: LoRA sits on modules.
 """
 
+import copy
 import difflib
 import importlib.util
 import json
@@ -18,8 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .. import model as ours  # noqa: F401  registers llmkit with the Auto classes
 from ..config import SftConfig, UserError
@@ -53,7 +57,7 @@ DEPENDENT: list[tuple[str, Callable[[Any], bool], str]] = [
 def stored_config(path: str, revision: str = "main") -> dict[str, Any]:
     """config.json as it is, no code run; empty where there is none, which loading the model will say better."""
     try:
-        return PreTrainedConfig.get_config_dict(path, revision=revision)[0]
+        return PreTrainedConfig.get_config_dict(path, revision=revision)[0] if path else {}
     except (OSError, ValueError):
         return {}
 
@@ -108,6 +112,21 @@ def keep_unpacked(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _dequantized(model: PreTrainedModel, trust_remote_code: bool) -> PreTrainedModel:
+    """A plain float32 model of the rounded values; what transformers (5.23) dequantises in place cannot be saved."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    rounded = model.dequantize(torch.float32)
+    weights = rounded.state_dict()
+    for name, module in plain.named_modules():
+        if isinstance(module, Conv1D) and isinstance(rounded.get_submodule(name), nn.Linear):
+            weights[f"{name}.weight"] = weights[f"{name}.weight"].T
+    plain.load_state_dict(weights)
+    plain.generation_config = model.generation_config
+    return plain
 
 
 @torch.no_grad()
@@ -249,7 +268,7 @@ def add_adapter(model: PreTrainedModel, config: SftConfig, new_token_ids: Iterab
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=config.lora_target_modules,
-        modules_to_save=saved or None,
+        modules_to_save=list(saved) or None,  # PEFT changes it
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         trainable_token_indices=rows or None,
@@ -271,6 +290,8 @@ def add_adapter(model: PreTrainedModel, config: SftConfig, new_token_ids: Iterab
             f"lora_modules_to_save={saved}: embedding and head of this model are tied, and would be trained apart; "
             f"name the head ({_ends(model)[1]}) to train both as one"
         )
+    if trains_tied:  # PEFT (0.21) writes down the embedding instead, which it would not tie again if it is called wte
+        adapted.peft_config["default"].modules_to_save = saved
     _give_head_its_bias(adapted)
     return adapted
 
@@ -340,16 +361,18 @@ def load_base_and_adapter(
             f"model_name_or_path={name!r}: has no adapter_config.json; name an adapter or a run that has one"
         )
     path = base_of(folder, base)
-    place = {"device_map": {"": device}} if quantization_config else {}
+    how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": dtype}
+    if quantization_config:  # None would hide that a base is stored in quantised form
+        how["quantization_config"] = quantization_config
+    if quantization_config or "quantization_config" in stored_config(path):  # else onto a GPU, whatever was asked for
+        how["device_map"] = {"": device}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, trust_remote_code=trust_remote_code, dtype=dtype, quantization_config=quantization_config, **place
-        )
-    except (OSError, ValueError, KeyError) as error:
+        model = AutoModelForCausalLM.from_pretrained(path, **how)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"base_model_name_or_path={path!r}: cannot be loaded ({str(error).splitlines()[0]})") from None
     if is_quantized(model):
-        model = model.dequantize(dtype) if dequantize else model
         keep_unpacked(model)
+        model = _dequantized(model, trust_remote_code) if dequantize else model
     adapted = put_on(model, folder, path)
     return adapted if is_quantized(model) else adapted.to(device)
 
@@ -379,9 +402,14 @@ def _stored_rows(config: Any, weights: dict[str, torch.Tensor], folder: Path) ->
 def put_on(model: PreTrainedModel, folder: Path, path: str) -> "PeftModel":
     """The adapter of a folder on a base in memory, every tensor in its place; raises UserError where one has none."""
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-    from peft.utils.save_and_load import load_peft_weights
 
-    config, weights = PeftConfig.from_pretrained(folder), load_peft_weights(str(folder), device="cpu")
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():  # older ones are pickles, which are never loaded
+        raise UserError(f"{file}: is missing; save the adapter with PEFT 0.7 or later")
+    try:
+        config, weights = PeftConfig.from_pretrained(folder), load_file(file)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{folder}: the adapter cannot be read ({' '.join(str(error).split())[:200]})") from None
     grow_embeddings(model, _stored_rows(config, weights, folder))
     misfit = f"{folder}: does not fit the base {path!r}, it was trained on another one"
     try:
@@ -394,7 +422,10 @@ def put_on(model: PreTrainedModel, folder: Path, path: str) -> "PeftModel":
         raise UserError(f"{misfit} ({(lines or [' '.join(str(error).split())])[0][:200]})") from None
     missing = [name for name in get_peft_model_state_dict(adapted, save_embedding_layers=False) if name not in weights]
     # PEFT writes a grown layer that is trained in full twice, once under a name that it cannot read
-    stray = [name for name in result.unexpected_keys if name.replace("modules_to_save.", "") not in weights]
+    twins = {
+        name.replace(".weight", ".modules_to_save.weight").replace(".bias", ".modules_to_save.bias") for name in weights
+    }
+    stray = [name for name in result.unexpected_keys if name not in twins]
     for what, names in (("has no place for", stray), ("lacks", missing)):
         if names:
             raise UserError(f"{misfit} ({what} {len(names)} tensors, e.g. {names[0]})")

@@ -27,7 +27,7 @@ from transformers import (
 
 from ..config import MergeConfig, UserError, read_recipe
 from ..data.tokenizer import load_tokenizer, save_tokenizer
-from ..hardware import cpu_seconds, detect
+from ..hardware import cpu_seconds
 from ..run import Result, quiet_libraries, written_beside
 from .lora import QUANTIZED, adapter_dir, base_of, is_quantized, load_base_and_adapter, recorded_base, stored_config
 
@@ -102,13 +102,11 @@ def merge_checked(model: Any, rows: list[Tensor]) -> tuple[PreTrainedModel, Diff
         kind = model.peft_config[model.active_adapter].peft_type.value
         raise UserError(f"the adapter is of the kind {kind}, which is no change of weights and cannot be merged")
     model = model.float().eval()
-    adapted = get_logits(model, rows)
+    adapted, was_tied = get_logits(model, rows), model.config.get_text_config().tie_word_embeddings
     merged = model.merge_and_unload()
-    head = merged.get_output_embeddings()
-    if merged.config.get_text_config().tie_word_embeddings and head is not None:
-        if not torch.equal(head.weight, merged.get_input_embeddings().weight):
-            raise UserError("embedding and head are tied in the base, but the adapter changed them apart; not merged")
-        head.weight = merged.get_input_embeddings().weight
+    head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+    if was_tied and torch.equal(head.weight, embedding.weight):  # PEFT unties what it trained in full
+        head.weight, merged.config.get_text_config().tie_word_embeddings = embedding.weight, True
     difference = compare(adapted, get_logits(merged, rows))
     if not difference.relative <= TOLERANCE:
         raise UserError(
@@ -126,7 +124,14 @@ def merge(model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTr
     """
     dtype = model.get_base_model().dtype
     merged, _ = merge_checked(model, probe_rows(model, tokenizer))
-    return merged.to(dtype)
+    return _cast(merged, dtype)
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Weights only: `model.to(dtype)` would round the frequencies of RoPE too, which no file holds."""
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model
 
 
 # ---- the verb
@@ -145,7 +150,7 @@ def trained_on(folder: Path, path: str) -> dict[str, Any] | None:
                 found["bnb_4bit_use_double_quant"] = recipe.get("use_bnb_nested_quant", False)
             if found:
                 return found
-    stored = (stored_config(base).get("quantization_config") for base in (path, recorded_base(folder)) if base)
+    stored = (stored_config(base).get("quantization_config") for base in (path, recorded_base(folder)))
     return next((how for how in stored if how), None)
 
 
@@ -172,9 +177,11 @@ def _logits_on_quantized(
     config: MergeConfig, folder: Path, path: str, quantized: dict[str, Any], device: str, rows: list[Tensor]
 ) -> Tensor:
     """Of the adapter on the base that it was trained on, with float32 arithmetic."""
-    is_stored = "quantization_config" in stored_config(path)
-    how = None if is_stored else BitsAndBytesConfig.from_dict(quantized | {"bnb_4bit_compute_dtype": "float32"})
-    model = load_base_and_adapter(str(folder), path, torch.float32, config.trust_remote_code, how, device)
+    stored = [base for base in (path, recorded_base(folder)) if "quantization_config" in stored_config(base)]
+    how = None if stored else BitsAndBytesConfig.from_dict(quantized | {"bnb_4bit_compute_dtype": "float32"})
+    model = load_base_and_adapter(
+        str(folder), (stored or [path])[0], torch.float32, config.trust_remote_code, how, device
+    )
     return get_logits(model, rows)
 
 
@@ -211,8 +218,7 @@ def main(config: MergeConfig) -> Result:
     started = time.perf_counter()
     folder, path, quantized = check(config)
     quiet_libraries()
-    found = detect(config.use_cpu).type
-    device = "cpu" if found == "mps" else found  # float32 sums of mps are not exact enough to compare
+    device = "cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu"  # float32 of mps is not compared
     tokenizer, has_own = _tokenizer(config, folder, path)
     model = load_base_and_adapter(
         str(folder), path, torch.float32, config.trust_remote_code, None, device, dequantize=bool(quantized)
@@ -236,7 +242,7 @@ def main(config: MergeConfig) -> Result:
             f"{far.top1:.1%} of positions"
         )
     dtype = _dtype(config, path)
-    merged = merged.to(dtype)
+    merged = _cast(merged, dtype)
     merged.config.use_cache = True
     if has_own:
         _set_special_ids(merged, tokenizer, folder)
