@@ -76,7 +76,7 @@ def run_verb(verb: str, words: list[str]) -> int:
     if verb in PREFLIGHT:
         if launch.is_wanted(settings):
             return launch.relaunch(settings, verb, words)
-        if launch.is_main():
+        if run.is_main():
             print(f"# llmkit {verb}\n{config.dump(settings)}", flush=True)
             if not settings.skip_checks and (code := preflight(verb, settings)):
                 return code

@@ -46,11 +46,6 @@ USED: dict[str, tuple[str, ...]] = {
 }
 
 
-def is_main() -> bool:
-    """Rank 0 of this launch, or not launched at all."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def is_wanted(config: PretrainConfig) -> bool:
     """A relaunch is asked for, and this process is not itself the result of one."""
     launched = any(name in os.environ for name in LAUNCHED)

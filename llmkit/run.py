@@ -57,6 +57,11 @@ class Result:
     metrics: dict[str, Any]
 
 
+def is_main() -> bool:
+    """Rank 0 of this launch, or not launched at all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Also through libraries that keep only the text of the system's error (safetensors does)."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
@@ -175,6 +180,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*", module="peft.*")
     # PEFT: of checkpoints, which hold what llmkit needs; and its own calls of what transformers renamed
     warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`", module="peft.*")
+    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast", module="bitsandbytes.*")
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 

@@ -157,20 +157,24 @@ def _set_template(tokenizer: Any, template: Template, asked: str | None, parent:
 # ---- model
 
 
-def load_model(config: Any, quantization: Any = None) -> PreTrainedModel:
+def load_model(config: Any, quantization: Any = None, device: Device | None = None) -> PreTrainedModel:
     """The weights that the recipe starts from. Raises UserError."""
     path = resolve_model_dir(config.model_name_or_path)
-    attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    more: dict[str, Any] = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    if quantization is not None:
+        more["quantization_config"] = quantization
+    if device and (quantization is not None or "quantization_config" in lora.stored_config(path)):
+        rank = os.environ.get("LOCAL_RANK", "0")
+        more["device_map"] = {"": f"cuda:{rank}" if device.type == "cuda" else device.type}  # else: any GPU there is
     try:
         return AutoModelForCausalLM.from_pretrained(
             path,
             revision=config.model_revision,
             trust_remote_code=config.trust_remote_code,
             dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
-            quantization_config=quantization,
-            **attention,
+            **more,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"model_name_or_path={path!r}: cannot be loaded ({str(error).splitlines()[0]})") from None
 
 
@@ -184,7 +188,7 @@ def get_model(
             f"model_name_or_path={path!r} is an adapter; write one model of it and its base first: "
             f"llmkit merge --model_name_or_path {path} --output_dir merged"
         )
-    model = load_model(config, lora.quantization(config, path, device))
+    model = load_model(config, lora.quantization(config, path, device), device)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and limit < config.max_length:
         raise UserError(
@@ -200,7 +204,7 @@ def get_model(
     _set_special_ids(model, tokenizer, template)
     model.config.use_cache = False
     if config.use_peft:
-        model = lora.add_adapter(model, config, template.new_tokens)
+        model = lora.add_adapter(model, config, sorted({*template.new_tokens, *added}))
     return model, notes
 
 

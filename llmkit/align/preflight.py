@@ -48,7 +48,7 @@ def _files_only(config: SftConfig) -> Subject:
     sources = parse_sources(config.datasets, "datasets")
     parse_sources(config.eval_datasets, "eval_datasets")
     is_chat = any(has_chats(source, config) for source in sources)
-    tokenizer, template = get_tokenizer(config, is_chat)
+    tokenizer, _ = get_tokenizer(config, is_chat)
     rows = list(
         itertools.islice(
             (row for row in load_rows(sources[0], Path(config.data_dir)) if not isinstance(row, Bad)), ROWS

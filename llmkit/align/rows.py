@@ -21,6 +21,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..check.audit import MARKS, tokenize_row, training_template
@@ -209,7 +211,7 @@ def _on_disk(rows: Callable[[], Iterator[dict[str, Any]]]) -> datasets.Dataset:
 
 
 def _mix(parts: list[datasets.Dataset], fractions: list[float | None], seed: int) -> datasets.Dataset:
-    """All rows; with fractions, of every part so many (drawn by seed) that they have these shares and one is used up."""
+    """All rows; with fractions, so many of each part (drawn by seed) that they have these shares and one is used up."""
     if fractions[0] is not None:
         shares = np.array(fractions, float) / sum(f or 0 for f in fractions)
         total = min(len(part) / share for part, share in zip(parts, shares, strict=True))
@@ -274,5 +276,36 @@ def pack(rows: datasets.Dataset, config: SftConfig) -> datasets.Dataset:
     """As TRL packs; rows that share one are kept apart by position_ids (bfd)."""
     from trl.data_utils import pack_dataset
 
+    datasets.disable_progress_bars()
     kept = rows.select_columns(["input_ids", "labels"])
     return pack_dataset(kept, config.max_length, config.packing_strategy, {"keep_in_memory": True})
+
+
+class PackedCollator:
+    """Packed rows as (B, T) with position_ids that begin at 0 with every row inside, and no attention_mask.
+
+    TRL's own collator lays a batch out as one row, for flash attention. Other kernels then build a mask of (B T, B T)
+    and compute all of it: B times the work, and 17 GB for 256 rows of 256 tokens. Padding is a row of its own.
+    """
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        batch = {
+            "input_ids": torch.full((len(rows), width), self.pad_token_id),
+            "labels": torch.full((len(rows), width), IGNORE),
+            "position_ids": torch.zeros((len(rows), width), dtype=torch.long),
+        }
+        for i, row in enumerate(rows):
+            size = len(row["input_ids"])
+            lengths = [*(row.get("seq_lengths") or [size]), width - size]
+            batch["input_ids"][i, :size] = torch.tensor(row["input_ids"])
+            batch["labels"][i, :size] = torch.tensor(row["labels"])
+            batch["position_ids"][i] = torch.cat([torch.arange(length) for length in lengths])
+            starts = np.cumsum([0, *lengths[:-1]])
+            batch["labels"][i, [s for s in starts if s < width]] = (
+                IGNORE  # or a row would be asked for by the one before
+            )
+        return batch

@@ -30,17 +30,26 @@ from ..data.sources import parse_sources
 from ..data.tokenizer import fingerprint
 from ..evaluate.answers import AnswerScore, score_answers
 from ..hardware import Device, cpu_seconds, detect, use_threads
-from ..launch import is_main
 from ..report.console import shard_table
 from ..report.plots import plot_losses
-from ..run import Result, Run, check_output_dir, command_name, finished_steps, quiet_libraries, stop_signals
+from ..run import (
+    Result,
+    Run,
+    check_output_dir,
+    command_name,
+    finished_steps,
+    is_main,
+    quiet_libraries,
+    stop_signals,
+)
 from ..train.build import VOLATILE, flops_per_token
 from ..train.checkpoint import Checkpoint, check_same, clear_the_way, find_checkpoint
 from ..train.engines import engine_kind
 from .build import Template, check_config, get_model, get_tokenizer, load_model, trl_arguments
 from .lora import is_quantized, train_in_float32
-from .rows import Data, Labeller, bad_note, get_data, has_chats, pack
+from .rows import Data, Labeller, PackedCollator, bad_note, get_data, has_chats, pack
 from .save import save_model
+from .trainer import ByToken
 from .watch import Watch
 
 OVERFIT_EPOCHS = 100  # at most, where the recipe gives no max_steps
@@ -125,9 +134,7 @@ def prepare(config: SftConfig, console: Console, started: float = 0.0) -> Job:
         raise UserError("accelerate_config: fsdp2 runs on GPUs only for `llmkit sft`; use zero2, or cpu for DDP")
     if config.eval_answers and kind in ("zero3", "fsdp2"):
         raise UserError(f"eval_answers={config.eval_answers}: not under {kind}, where no rank has the whole model")
-    from trl import SFTConfig
-
-    from .trainer import Trainer
+    from trl import SFTConfig, SFTTrainer
 
     args = trl_arguments(SFTConfig, config, device, kind)  # starts the process group
     sources = parse_sources(config.datasets, "datasets")
@@ -140,14 +147,22 @@ def prepare(config: SftConfig, console: Console, started: float = 0.0) -> Job:
         flops = flops_per_token(getattr(model, "base_model", model), config.max_length)
         device = use_threads(device, flops * config.per_device_train_batch_size * _mean_length(data, config))
     make = pack if config.packing else (lambda rows, config: rows)
+    is_apart = config.packing and config.packing_strategy != "wrapped"
+    if is_apart and not model.config._attn_implementation.startswith("flash"):
+        collator = PackedCollator(tokenizer.pad_token_id)
+        args.packing = False  # of TRL, whose packed batches are for flash attention
+    else:
+        collator = None
     args.dataset_kwargs = {"skip_prepare_dataset": True}
-    trainer = Trainer(
+    trainer = type("Trainer", (ByToken, SFTTrainer), {})(
         model=model,
         args=args,
         train_dataset=make(data.train, config),
         eval_dataset={name: make(rows, config) for name, rows in data.shards.items()} or None,
         processing_class=tokenizer,
+        data_collator=collator,
     )
+    args.packing = config.packing
     assert trainer.is_deepspeed_enabled == kind.startswith("zero"), "use_cpu would silently make DDP of DeepSpeed"
     if is_quantized(model):
         train_in_float32(model)
@@ -371,7 +386,7 @@ def _result(
     model_dir: Path | None = None,
 ) -> Result:
     history = job.trainer.state.log_history
-    ended = next((row for row in reversed(history) if "train_runtime" in row), {})
+    ended: dict[str, Any] = next((row for row in reversed(history) if "train_runtime" in row), {})
     seen = next((row["num_tokens"] for row in reversed(history) if "num_tokens" in row), 0)
     metrics: dict[str, Any] = {
         "train_wall_s": round(ended.get("train_runtime", 0.0), 2),

@@ -1,17 +1,23 @@
 """TRL's trainers where they are not what the house promises.
 
-Owns evaluation by token. Importing it costs the seconds of TRL, so verbs do so when they run.
+Owns evaluation by token. TRL is imported by the first use, since that takes seconds.
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from trl import SFTTrainer
 
 
-class Trainer(SFTTrainer):
-    """TRL's, less one thing: an evaluation is the loss per token, not a mean over batches of different length."""
+class ByToken:
+    """Comes before one of TRL's trainers: an evaluation is the loss per token, not a mean over uneven batches."""
+
+    control: Any
+    _total_train_tokens: int
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -26,6 +32,18 @@ class Trainer(SFTTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's; its count of tokens takes a batch without attention_mask for one row."""
+        shape, before = inputs["input_ids"].shape, self._total_train_tokens
+        loss = super().compute_loss(  # type: ignore[misc]
+            model, inputs, return_outputs, num_items_in_batch
+        )
+        if "attention_mask" not in inputs:
+            self._total_train_tokens += (self._total_train_tokens - before) * (shape[0] - 1)
+        return loss
 
     def _loss_per_token(self, rows: Any) -> float:
         """Every row once, whatever the number of processes; a rank without a batch left repeats one and drops it."""

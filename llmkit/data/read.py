@@ -178,7 +178,7 @@ def read_share(source: Source, share: Share, max_doc_bytes: int, total_rows: int
             yield row._replace(text=row.text[low:high])
         return
     low, high = bound(start, total_rows, 0), bound(stop, total_rows, sys.maxsize)
-    for number, row in enumerate(_file_rows(kind, share, max_doc_bytes, source.columns or ["text"])):
+    for number, row in enumerate(_file_rows(kind, share, max_doc_bytes, list(source.columns or ["text"]))):
         if low <= share.before + share.first_row + number < high:
             yield row
 
@@ -198,7 +198,7 @@ def _unfiled(source: Source, share: Share) -> Iterator[Row]:
     else:
         rows = rows.select(range(share.start, share.stop or len(rows)))
     for i, found in enumerate(rows, first):
-        yield _value(found, source.columns or ["text"], f"{where} {i}")
+        yield _value(found, list(source.columns or ["text"]), f"{where} {i}")
 
 
 def _file_rows(kind: str, share: Share, max_doc_bytes: int, columns: list) -> Iterator[Row]:

@@ -79,7 +79,10 @@ def done(base, rows, tmp_path_factory):
 def test_the_model_loads_in_plain_transformers_with_its_template_and_its_end_of_turn(done):
     folder, result = done
     assert result.model_dir == str(folder / "model") and result.status == "ok"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder / "model"),
+        AutoTokenizer.from_pretrained(folder / "model"),
+    )
     assert tokenizer.chat_template == CHATML and tokenizer.eos_token == "<|im_end|>"
     assert model.generation_config.eos_token_id[0] == tokenizer.eos_token_id == model.config.eos_token_id
     assert model.config.use_cache
@@ -100,7 +103,10 @@ def test_the_run_folder_says_what_was_done(done, base):
 def test_validation_is_the_loss_per_token_and_its_bits_per_byte(done, rows):
     """By hand, row by row, without TRL."""
     folder, result = done
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder / "model"),
+        AutoTokenizer.from_pretrained(folder / "model"),
+    )
     settings = config.load(SftConfig, [str(folder / "recipe.yaml")], "sft")
     from llmkit.align.rows import Labeller, get_data
 
@@ -278,10 +284,13 @@ def test_two_processes_have_the_losses_of_one(recipe, tmp_path, engine):
     sft.main(recipe)
     two = changed(recipe, output_dir=str(tmp_path / "two"), per_device_train_batch_size=2, accelerate_config=engine)
     (tmp_path / "sft.yaml").write_text(config.dump(changed(two, num_processes=2, skip_checks=True)))
-    done = subprocess.run([sys.executable, "-m", "llmkit", "sft", str(tmp_path / "sft.yaml")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "llmkit", "sft", str(tmp_path / "sft.yaml")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert losses(two.output_dir) == pytest.approx(losses(recipe.output_dir), abs=1e-4)
     found, expected = (
-        json.loads((Path(c.output_dir) / "result.json").read_text())["shards"]["validation"]["loss"] for c in (two, recipe)
+        json.loads((Path(c.output_dir) / "result.json").read_text())["shards"]["validation"]["loss"]
+        for c in (two, recipe)
     )
     assert found == pytest.approx(expected, abs=1e-4)
