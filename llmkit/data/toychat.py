@@ -145,7 +145,7 @@ def unknown_in_story(rng: random.Random) -> Question:
     text, parts, key = _story(rng)
     topic = rng.choice(("colour", "thing", "place", "friend", "spot"))
     absent = parts | {
-        "thing": _other(rng, "thing", parts["thing"]),
+        "thing": _other(rng, "thing", parts["thing"], parts["spot"].split()[-1]),  # "under a boat" tells of a boat
         "hero": _other(rng, "hero", parts["hero"], parts["friend"]),
     }
     question, invented, _, sentence = _ask(absent, topic, rng)
