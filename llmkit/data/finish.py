@@ -232,7 +232,7 @@ def _reasons(notes: clean.Notes, sources: list[dict[str, Any]]) -> list[dict[str
             "reason": reason,
             "count": entry["count"],
             "share": entry["count"] / rows,
-            "bytes": entry["bytes"],
+            "bytes": entry["bytes"] if fate != "bad" else None,  # a row that was not read has no known size
             "examples": [{"where": where, "text": text, "note": note} for _, where, text, note in entry["examples"]],
         }
         for (fate, reason), entry in notes.found.items()

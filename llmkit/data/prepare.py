@@ -74,6 +74,12 @@ def make_plan(config: DataConfig) -> Plan:
         for s in parse_sources(config.benchmark_datasets, "benchmark_datasets")
     ]
     mixed = any(source.fraction is not None for source in train)
+    for i, source in enumerate(train):
+        if source.shard and not mixed:
+            raise UserError(
+                f"datasets[{i}]: shard={source.shard!r} has no effect without `fraction`, as all entries go into one "
+                "store `train`; remove it, or give every entry a fraction and so a store of its own"
+            )
     stores = [source.shard or f"train-{i}" if mixed else "train" for i, source in enumerate(train)]
     stores += [source.shard or source.name or f"validation{i}" for i, source in enumerate(held_back)]
     taken = [*set(stores[: len(train)] if not mixed else []), *(stores[: len(train)] if mixed else [])]
@@ -169,14 +175,14 @@ def main(config: DataConfig) -> Any:
         if not was_there:
             shutil.rmtree(output, ignore_errors=True)  # datatrove makes folders for its logs
         return None
-    for other in (output / "work").glob("*") if (output / "work").is_dir() else ():
-        if other.name != key:
-            console.print(f"removed   {other}: an unfinished run of another recipe or text")
-            shutil.rmtree(other)
-    if work.is_dir():
-        console.print(f"goes on   with what an earlier run left in {work}")
     run = Run.start(output, "data", config, {"started_s": time.time(), "text": key})
     try:
+        for other in (output / "work").glob("*"):  # behind the lock: nobody is at work there
+            if other.name != key:
+                console.print(f"removed   {other}: an unfinished run of another recipe or text")
+                shutil.rmtree(other)
+        if work.is_dir():
+            console.print(f"goes on   with what an earlier run left in {work}")
         work.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None and not (work / "tokenizer").exists():
             tokenizer.save_pretrained(work / "tokenizer")

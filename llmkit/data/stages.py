@@ -32,7 +32,7 @@ from ..config import DataConfig, UserError
 from ..run import write_json
 from . import clean, dedup
 from .decontaminate import Index, judge
-from .encode import BATCH_BYTES, MAX_BYTES, StoreWriter
+from .encode import BATCH_BYTES, MAX_BYTES, StoreWriter, num_utf8_bytes
 from .read import EVERY, PROBLEMS, Row, Share, plan_shares, read_share
 from .sources import Source
 from .words import RUN, ngrams, pieces, text_hash, word_hashes, words
@@ -397,7 +397,10 @@ def final_fates(work: str, plan: Plan, rank: int) -> NDArray[np.uint8]:
 
 
 def training_texts(work: str, plan: Plan, num_bytes: int) -> Iterator[str]:
-    """Kept training documents, of all tasks in turn, long ones in parts, until `num_bytes` are reached."""
+    """Kept training documents, long ones in parts, about `num_bytes` of them, as many of each task until it ends.
+
+    The smallest task comes first, so that what it lacks is shared among the others, and one file is open at a time.
+    """
 
     def kept(rank: int) -> Iterator[str]:
         fates = final_fates(work, plan, rank)
@@ -405,12 +408,15 @@ def training_texts(work: str, plan: Plan, num_bytes: int) -> Iterator[str]:
             if fate == KEPT:
                 yield from pieces(document["text"], MAX_BYTES)
 
-    for texts in itertools.zip_longest(*map(kept, plan.train_tasks)):
-        for text in filter(None, texts):
+    tasks = sorted(plan.train_tasks, key=lambda rank: Path(work, "docs", f"{rank:05d}.jsonl").stat().st_size)
+    for number, rank in enumerate(tasks):
+        quota = num_bytes // (len(tasks) - number)
+        for text in kept(rank):
+            if quota <= 0:
+                break
             yield text
-            num_bytes -= len(text)
-            if num_bytes <= 0:
-                return
+            size = num_utf8_bytes(text)
+            quota, num_bytes = quota - size, num_bytes - size
 
 
 def _batched(documents: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
