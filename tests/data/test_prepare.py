@@ -391,8 +391,9 @@ def test_a_killed_worker_or_an_interrupt_ends_the_run_with_one_line(tmp_path, nu
     path.write_text(yaml.safe_dump({k: v for k, v in vars(config).items() if v != getattr(DataConfig(), k)}))
     script = tmp_path / "slow.py"  # workers that never come to an end
     script.write_text(
-        "import sys, time\nfrom llmkit import cli\nfrom llmkit.data import stages, prepare\n"
-        f"def slow(*args):\n    open({str(tmp_path / 'pid')!r}, 'w').write(str(__import__('os').getpid()))\n"
+        "import signal, sys, time\nfrom llmkit import cli\nfrom llmkit.data import stages, prepare\n"
+        + "signal.signal(signal.SIGINT, signal.SIG_IGN)\n" * (number == signal.SIGKILL)  # as `command &` has it
+        + f"def slow(*args):\n    open({str(tmp_path / 'pid')!r}, 'w').write(str(__import__('os').getpid()))\n"
         "    time.sleep(100)\n"
         "prepare.make_stages = lambda plan, work: [stages.Stage('slow', [slow], 2)]\n"
         f"if __name__ == '__main__':\n    sys.exit(cli.main(['data', {str(path)!r}]))\n"
