@@ -241,7 +241,7 @@ def _reasons(notes: clean.Notes, sources: list[dict[str, Any]]) -> list[dict[str
 
 
 def _scripts(work: str, plan: Plan) -> dict[str, float]:
-    """Shares of the characters by the first word of their Unicode name: LATIN, CJK, DIGIT, ...; white space apart."""
+    """Shares of the characters by script, the commonest first."""
     totals: Counter[str] = Counter()
     for rank in range(len(plan.tasks)):
         for point, count in np.load(Path(work, "code_points", f"{rank:05d}.npy")).T.tolist():
@@ -251,6 +251,7 @@ def _scripts(work: str, plan: Plan) -> dict[str, float]:
 
 
 def _script(char: str) -> str:
+    """Latin, Cyrillic, Cjk, ...; digits, marks and white space of all scripts are a kind each."""
     category = unicodedata.category(char)
     if char.isspace() or category.startswith("Z"):
         return "white space"

@@ -22,7 +22,7 @@ from rich.console import Console
 from ..config import DataConfig, UserError
 from ..report.corpus import print_summary
 from ..run import Run, is_disk_full, run_status
-from . import clean, dedup, finish, stages
+from . import clean, dedup, executor, finish, stages
 from .read import EVERY, Share, plan_shares, share_size
 from .sources import find_builder, find_files, parse_sources, source_fingerprint
 from .stages import HELD_OUT_SHARD, Plan, Stage, Task
@@ -82,8 +82,7 @@ def make_plan(config: DataConfig) -> Plan:
             )
     stores = [source.shard or f"train-{i}" if mixed else "train" for i, source in enumerate(train)]
     stores += [source.shard or source.name or f"validation{i}" for i, source in enumerate(held_back)]
-    taken = [*set(stores[: len(train)] if not mixed else []), *(stores[: len(train)] if mixed else [])]
-    taken += [*stores[len(train) :], *([HELD_OUT_SHARD] if config.test_split_size else [])]
+    taken = [*(stores if mixed else ["train", *stores[len(train) :]]), *[HELD_OUT_SHARD] * bool(config.test_split_size)]
     for name in taken:
         if taken.count(name) > 1 or name in ("tokenizer", "work") or "/" in name:
             raise UserError(
@@ -148,11 +147,12 @@ def work_key(config: DataConfig) -> str:
     return digest.hexdigest()[:12]
 
 
-def main(config: DataConfig) -> Any:
-    """Makes the corpus. Raises UserError for what cannot be read, and leaves no store then."""
-    console = Console(stderr=False)
-    from . import executor
+def main(config: DataConfig) -> dict[str, Any] | None:
+    """Makes the corpus; the figures of its report, None where a cluster goes on.
 
+    Raises UserError for what cannot be read, and leaves no store then.
+    """
+    console = Console()
     check_settings(config)
     if config.engine != "local":  # a node may start its tasks anywhere
         places: dict[str, Any] = {k: str(Path(getattr(config, k)).absolute()) for k in ("output_dir", "data_dir")}
@@ -202,8 +202,6 @@ def main(config: DataConfig) -> Any:
 
 def _run(plan: Plan, work: Path, console: Console) -> dict[str, Any] | None:
     """All steps here, or as jobs of a cluster; the figures of the report, where there are some yet."""
-    from . import executor
-
     config, output = plan.config, Path(plan.output)
     if config.engine != "local":
         executor.submit(make_stages(plan, work), work / "logs", config, console)

@@ -53,6 +53,8 @@ class Stage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
+    """What one process reads in one go: shares of one source, small files together."""
+
     source: int
     shares: list[Share]
 
@@ -165,7 +167,7 @@ def read(work: str, data: Any = None, rank: int = 0, world_size: int = 1) -> Non
     is_train = task.source < plan.num_train
     notes, measures = clean.Notes(), clean.Measures()
     keep = clean.make_filters(plan.config.filters) if is_train and plan.config.filters else None
-    documents = _cleaned(plan, task, keep, notes, measures)
+    documents = _cleaned(plan, task, keep, notes)
     Path(work, "docs").mkdir(exist_ok=True)
     hashes: list[tuple[int, int]] = []
     starts: list[int] = []
@@ -199,9 +201,8 @@ def read(work: str, data: Any = None, rank: int = 0, world_size: int = 1) -> Non
     _save_notes(found, work, "read", rank)
 
 
-def _cleaned(
-    plan: Plan, task: Task, keep: Callable | None, notes: clean.Notes, measures: clean.Measures
-) -> Iterator[Row]:
+def _cleaned(plan: Plan, task: Task, keep: Callable | None, notes: clean.Notes) -> Iterator[Row]:
+    """Rows that are documents; what was wrong with the others, or was changed, goes to the notes."""
     config, source = plan.config, plan.sources[task.source]
     for share in task.shares:
         for row in read_share(source, share, config.max_doc_bytes, plan.rows[task.source]):
@@ -231,7 +232,7 @@ def _cleaned(
 
 
 def check_bad_rows(notes: clean.Notes, max_bad_rows: int) -> None:
-    """Raises UserError that shows the first rows when there are more bad ones than allowed."""
+    """Raises UserError that shows one of them when there are more bad ones than allowed."""
     count = notes.count("bad")
     if count <= max_bad_rows:
         return
@@ -420,7 +421,7 @@ def training_texts(work: str, plan: Plan, num_bytes: int) -> Iterator[str]:
 
 
 def _batched(documents: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Documents of about a megabyte together, so that long ones are not held side by side."""
+    """Documents of about BATCH_BYTES together, so that long ones are not held side by side."""
     batch: list[dict[str, Any]] = []
     size = 0
     for document in documents:
