@@ -5,7 +5,6 @@ never in memory: figures are added up from what the steps left in the work folde
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -20,9 +19,9 @@ from numpy.typing import NDArray
 
 from ..config import UserError
 from ..report.corpus import page
-from ..run import Result, write_json
+from ..run import Result, write_json, write_text
 from . import clean, stages
-from .encode import NAME, merge_stores
+from .encode import NAME, file_hash, merge_stores, read_metadata
 from .sources import describe
 from .stages import (
     FATES,
@@ -30,6 +29,7 @@ from .stages import (
     HELD_OUT_SHARD,
     Plan,
     final_fates,
+    load_array,
     load_notes,
     training_texts,
 )
@@ -91,7 +91,7 @@ def finish(work: str, data: Any = None, rank: int = 0, world_size: int = 1) -> N
         if Path(work, name).exists():
             shutil.copy(Path(work, name), output / name)
     write_json(output / "report.json", figures)
-    (output / "report.html").write_text(page(figures), encoding="utf-8", errors="backslashreplace")
+    write_text(output / "report.html", page(figures))
     _write_result(output, figures)
 
 
@@ -104,7 +104,7 @@ def _store_figures(plan: Plan, folder: Path, ids: dict[str, Any], name: str) -> 
     figures["bytes_per_token"] = figures["bytes"] / max(1, figures["tokens"] - figures["documents"])
     sources = [s for s, store in zip(plan.sources, plan.stores, strict=True) if store == name] or plan.sources
     manifest["source"] = ", ".join(str(source.data_files or source.path) for source in sources)
-    manifest |= {"fingerprint": _digest(folder / NAME), "tokenizer": ids["fingerprint"]}
+    manifest |= {"fingerprint": file_hash(folder / NAME), "tokenizer": ids["fingerprint"]}
     write_json(folder / "manifest.json", manifest)
     if plan.config.max_length and plan.config.packing_strategy == "bos_bestfit":
         ends = np.fromfile(folder / f"{NAME}.index", "<u8")
@@ -119,13 +119,7 @@ def _store_figures(plan: Plan, folder: Path, ids: dict[str, Any], name: str) -> 
 
 
 def _tokens(folder: Path) -> NDArray:
-    width = int((folder / f"{NAME}.metadata").read_text().splitlines()[0].rsplit("|", 1)[-1])
-    return np.memmap(folder / NAME, f"<u{width}", mode="r")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return np.memmap(folder / NAME, read_metadata(folder / NAME).dtype, mode="r")
 
 
 def _frequencies(work: str, plan: Plan, size: int) -> dict[str, Any]:
@@ -179,7 +173,7 @@ def report(work: str, plan: Plan) -> dict[str, Any]:
 def _source_figures(
     work: str, source: Any, role: str, store: str, ranks: list[int], read: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    lengths = np.concatenate([np.load(Path(work, "lengths", f"{r:05d}.npy")) for r in ranks] or [np.empty(0, np.int64)])
+    lengths = np.concatenate([load_array(work, "lengths", r) for r in ranks] or [np.empty(0, np.int64)])
     own = clean.Notes()
     for found in read:
         own.merge(found["notes"])
@@ -208,7 +202,7 @@ def _flow(work: str, plan: Plan, sources: list[dict[str, Any]]) -> list[dict[str
     )
     totals: dict[str, NDArray[np.int64]] = {}
     for rank in plan.train_tasks:
-        lengths, fates = np.load(Path(work, "lengths", f"{rank:05d}.npy")), final_fates(work, plan, rank)
+        lengths, fates = load_array(work, "lengths", rank), final_fates(work, plan, rank)
         for k, fate in enumerate(FATES):
             here = fates == k
             totals[fate] = totals.get(fate, np.zeros(2, np.int64)) + np.array([here.sum(), lengths[here].sum()])
@@ -244,7 +238,7 @@ def _scripts(work: str, plan: Plan) -> dict[str, float]:
     """Shares of the characters by script, the commonest first."""
     totals: Counter[str] = Counter()
     for rank in range(len(plan.tasks)):
-        for point, count in np.load(Path(work, "code_points", f"{rank:05d}.npy")).T.tolist():
+        for point, count in load_array(work, "code_points", rank).T.tolist():
             totals[_script(chr(point))] += count
     every = max(1, sum(totals.values()))
     return {name: count / every for name, count in totals.most_common()}

@@ -21,7 +21,7 @@ from ..check.runner import quiet
 from ..check.spans import special_texts
 from ..check.torture import MARKED, _byte_letters, difference, first_difference, nature
 from .encode import Encoder
-from .shards import _core
+from .shards import encoding_core
 
 PIECE = 65_536  # characters that are encoded at once, at most 256 KB: an encoding takes about 400 bytes per token
 BATCH = 1_000_000  # characters between two counts
@@ -131,7 +131,8 @@ def count_shard(
 
 def _count(shard: Shard, batch: list[str], tokenizer: Any, num_excerpts: int) -> None:
     with quiet():  # "sequence is longer than the maximum": nothing is trained on here
-        rows = [ids.tolist() for ids in Encoder(_core(tokenizer)).encode(batch) if ids is not None]  # none is longer
+        found = Encoder(encoding_core(tokenizer)).encode(batch)
+        rows = [ids.tolist() for ids in found if ids is not None]  # none is too long
         backs = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     ids = np.fromiter((i for row in rows for i in row), np.int64)
     shard.counts += np.bincount(ids, minlength=len(shard.counts))

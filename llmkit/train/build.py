@@ -32,8 +32,9 @@ from transformers import (
 
 from .. import model as ours  # noqa: F401  registers llmkit with the Auto classes
 from ..config import PretrainConfig, UserError
+from ..data.encode import NAME
 from ..data.loader import Loader, Rows
-from ..data.shards import NAME, Store, build_store, open_store
+from ..data.shards import Store, build_store, open_store
 from ..data.sources import Source, describe, documents, source_fingerprint
 from ..data.tokenizer import add_bos, bos_id, fingerprint, load_tokenizer, save_tokenizer, train_bpe, train_char
 from ..hardware import Device

@@ -314,6 +314,13 @@ def test_a_tokenizer_without_eos_is_one_line(tmp_path, letters):
         prepare.main(corpus(tmp_path, [sentence(1)], tokenizer_name=str(folder)))
 
 
+def test_a_character_that_the_tokenizer_lacks_names_its_source(tmp_path, letters):
+    letters.save_pretrained(tmp_path / "tokenizer")
+    config = corpus(tmp_path, ["a cat", "a cat!"], tokenizer_name=str(tmp_path / "tokenizer"))
+    with pytest.raises(UserError, match=r"^json train.jsonl train: character '!' at position 5"):
+        prepare.main(config)
+
+
 def test_a_full_disk_leaves_no_store_and_the_run_goes_on_later(tmp_path, monkeypatch, capsys):
     config = corpus(tmp_path, [sentence(i) for i in range(30)])
 
