@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ..config import UserError
 from ..report.corpus import page
+from ..report.plots import rank_curve
 from ..run import Result, write_json, write_text
 from . import clean, stages
 from .encode import NAME, file_hash, merge_stores, read_metadata
@@ -36,24 +37,21 @@ from .stages import (
 
 TRAINING_BYTES = 100_000_000  # of text that a BPE is trained on
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
-ZIPF_POINTS = 200
 COMMONEST = 20
 LISTS = ("duplicates.jsonl", "contaminated.jsonl")
 
 
 def tokenizer(work: str, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
     """Trains a tokenizer on the kept training documents, unless the recipe named one (it lies there already)."""
-    from .tokenizer import add_bos, save_tokenizer, train_bpe, train_char
+    from .tokenizer import save_tokenizer, train_tokenizer
 
     plan, folder = Plan.load(work), Path(work, "tokenizer")
-    if plan.config.tokenizer_name:
+    config = plan.config
+    if config.tokenizer_name:
         return
-    if plan.config.tokenizer_type == "char":
-        made = train_char(training_texts(work, plan, 1 << 62))
-    else:
-        made = train_bpe(training_texts(work, plan, TRAINING_BYTES), plan.config.vocab_size)
-    if plan.config.packing_strategy == "bos_bestfit":
-        add_bos(made)
+    texts = training_texts(work, plan, 1 << 62 if config.tokenizer_type == "char" else TRAINING_BYTES)
+    opens_with_bos = config.packing_strategy == "bos_bestfit"
+    made = train_tokenizer(config.tokenizer_type, texts, config.vocab_size, opens_with_bos)
     shutil.rmtree(folder, ignore_errors=True)
     save_tokenizer(made, folder)
     write_ids(made, work)
@@ -129,14 +127,11 @@ def _frequencies(work: str, plan: Plan, size: int) -> dict[str, Any]:
         tokens = _tokens(Path(work, "stores", name))
         for k in range(0, len(tokens), 1 << 22):
             counts += np.bincount(tokens[k : k + (1 << 22)], minlength=size)
-    ranked = np.sort(counts)[::-1]
-    used = int((ranked > 0).sum())
-    at = np.unique(np.geomspace(1, max(1, used), ZIPF_POINTS).astype(int)) - 1
     return {
         "vocabulary": size,
-        "unused": size - used,
-        "under_100": int((ranked < 100).sum()),
-        "zipf": [[int(r) + 1, int(ranked[r])] for r in at],
+        "unused": int((counts == 0).sum()),
+        "under_100": int((counts < 100).sum()),
+        "zipf": rank_curve(counts),
     }
 
 
