@@ -103,9 +103,10 @@ def test_one_process_then_two_then_one_equals_one_process(engine, one, tmp_path)
 
 @pytest.mark.medium
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_engine_clips_judges_and_skips_as_one_process_does(engine):
+def test_an_engine_clips_judges_and_skips_as_one_process_does(engine, tmp_path):
     """On the ranks: gradient norms, a skipped step that changes nothing, a gradient that is not finite."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher += ["--log_dir", str(tmp_path)]
     said = launch.engine_environment(read_recipe(launch.find_config("cpu" if engine == "ddp" else engine)))
     paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(
