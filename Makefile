@@ -37,6 +37,7 @@ $(VENV)/core: $(VENV)/torch pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/data: $(VENV)/core
+	@echo "setup: what 'llmkit data' needs, into $(VENV)"
 	@$(PIP) --editable '.[core,data]'
 	@touch $@
 

@@ -49,12 +49,12 @@ def usage() -> str:
 
 def help_for(words: list[str]) -> str:
     """Of the verb that the words begin with; of all verbs of a first word that needs a second."""
-    verbs = _seconds(words[0]) if len(words) == 1 else []
+    verbs = _second_words(words[0]) if len(words) == 1 else []
     shown = [(verb, VERBS[verb][1]) for verb in verbs or [_verb(words)[0]]]
     return "\n\n\n".join(f"llmkit {v}: {(cls.__doc__ or '').strip()}\n\n{config.describe(cls)}" for v, cls in shown)
 
 
-def _seconds(word: str) -> list[str]:
+def _second_words(word: str) -> list[str]:
     return [verb for verb in VERBS if verb.startswith(f"{word} ")]
 
 
@@ -63,7 +63,7 @@ def _verb(words: list[str]) -> tuple[str, list[str]]:
     for count in (2, 1):
         if (verb := " ".join(words[:count])) in VERBS:
             return verb, words[count:]
-    if verbs := _seconds(words[0]):
+    if verbs := _second_words(words[0]):
         raise config.UserError(
             f"{' '.join(words[:2])!r}: {words[0]!r} needs a second word; allowed: {', '.join(verbs)}"
         )

@@ -150,7 +150,9 @@ class DataConfig:
 
     output_dir: str = required("corpus folder: a token store per shard, tokenizer/, report.html; must not hold another")
     # text
-    datasets: list = option([], "training text: list of {path, name, split, data_files, columns, sample_by, fraction}")
+    datasets: list = option(
+        [], "training text: list of {path, name, split, data_files, columns, sample_by}; with fraction, a store each"
+    )
     eval_datasets: list = option([], "validation shards: the same, each with a shard name `shard`")
     benchmark_datasets: list = option([], "what must not be trained on, e.g. {path: json, data_files: gsm8k.jsonl}")
     data_dir: str = option(".", "folder that relative data_files start from")

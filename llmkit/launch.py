@@ -115,13 +115,13 @@ def engine_environment(settings: dict[str, Any]) -> dict[str, str]:
     return {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in keys.items()}
 
 
-def command(path: Path, settings: dict[str, Any], count: int, verb: str, argv: list[str]) -> list[str]:
-    """The launcher's command line, with the verb as it was called."""
+def command(path: Path, settings: dict[str, Any], count: int, verb: str, argv: list[str], logs: Path) -> list[str]:
+    """The launcher's command line, with the verb as it was called. `logs`: or torchrun leaves a folder in /tmp."""
     if settings.get("use_cpu"):
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     else:
         launcher = ["accelerate.commands.launch", "--config_file", str(path), "--num_processes", str(count)]
-    return [sys.executable, "-m", *launcher, "-m", "llmkit", verb, *argv]
+    return [sys.executable, "-m", *launcher, "--log_dir", str(logs), "-m", "llmkit", verb, *argv]
 
 
 def say_error(line: str) -> None:
@@ -181,9 +181,8 @@ def relaunch(config: PretrainConfig, verb: str, argv: list[str]) -> int:
         }  # saving takes time
         if settings.get("use_cpu"):
             ours |= engine_environment(settings)
-        code, is_asked = _watch(
-            command(path, settings, count, verb, argv), {"OMP_NUM_THREADS": str(threads)} | os.environ | ours, errors
-        )
+        start = command(path, settings, count, verb, argv, Path(folder))
+        code, is_asked = _watch(start, {"OMP_NUM_THREADS": str(threads)} | os.environ | ours, errors)
         said = errors.read_text(encoding="utf-8").splitlines()
     if code and is_asked and run_status(Path(config.output_dir)) == "stopped":  # the ranks have saved
         return 0

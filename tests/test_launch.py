@@ -54,11 +54,11 @@ def test_a_relaunch_happens_once_and_only_when_asked_for(monkeypatch):
 
 def test_the_relaunch_repeats_the_call(tmp_path):
     path, argv = tmp_path / "two.yaml", ["r.yaml", "--num_processes", "2"]
-    verb = ["-m", "llmkit", "pretrain", *argv]
+    verb = ["--log_dir", str(tmp_path), "-m", "llmkit", "pretrain", *argv]
     gpu = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), "--num_processes", "2"]
-    assert launch.command(path, {}, 2, "pretrain", argv) == gpu + verb
+    assert launch.command(path, {}, 2, "pretrain", argv, tmp_path) == gpu + verb
     cpu = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    assert launch.command(path, {"use_cpu": True}, 2, "pretrain", argv) == cpu + verb
+    assert launch.command(path, {"use_cpu": True}, 2, "pretrain", argv, tmp_path) == cpu + verb
 
 
 @pytest.mark.parametrize("num_processes, expected", [(None, 4), (2, 2)])
@@ -106,7 +106,7 @@ def test_a_gpu_engine_can_be_tried_on_cpu_processes(monkeypatch):
         environment = launch.engine_environment(values)
         assert said.items() <= environment.items() and bool(environment) == bool(said)
         assert count == (1 if name == "cpu" else 2) and "torch.distributed.run" in launch.command(
-            path, values, count, "pretrain", []
+            path, values, count, "pretrain", [], path
         )
 
 
@@ -210,8 +210,10 @@ def test_a_mistake_in_two_processes_is_one_line_and_exit_2(tmp_path):
     path.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "run"), "store_dir": str(tmp_path / "data")} | RECIPE))
     argv = [sys.executable, "-m", "llmkit", "pretrain", str(path), "--num_processes", "2"]
     argv += ["--config_overrides.vocab_size", "5"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    (tmp_path / "tmp").mkdir()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "tmp")}
     done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=120)
+    assert not list((tmp_path / "tmp").glob("torchelastic*"))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert done.stderr.startswith("llmkit: vocab_size=5") and "# llmkit pretrain" in done.stdout
 

@@ -104,9 +104,15 @@ def text_rows(count: int = 32) -> list[dict[str, Any]]:
     return [{"text": "".join(CORPUS[i * 7 % len(CORPUS)] for i in range(i, i + 1 + i % 4))} for i in range(count)]
 
 
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    """Goes with the process."""
+    return tempfile.TemporaryDirectory(prefix="llmkit-tests-")
+
+
 def arguments(cls: type = TrainingArguments, **options: Any) -> Any:
     given = dict(
-        output_dir=tempfile.mkdtemp(),
+        output_dir=tempfile.mkdtemp(dir=_scratch().name),
         use_cpu=True,
         bf16=False,
         report_to=[],

@@ -15,7 +15,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .runner import first_line
-from .spans import ANSWERS, Marks, Part, decode, locate, parse, segments, special_texts, template_marks, token_spans
+from .spans import (
+    ANSWERS,
+    Marks,
+    Part,
+    decode,
+    locate,
+    parse,
+    segments,
+    special_ids,
+    template_marks,
+    token_spans,
+)
 from .subject import LabelledRow, NotApplicable, NotRun, Subject
 
 ROWS = 400  # looked at
@@ -251,10 +262,6 @@ def closing_ids(tokenizer: Any, marks: Marks | None) -> set[int]:
         ids = tokenizer(close, add_special_tokens=False)["input_ids"]
         found |= set([i for i in ids if i in special_ids(tokenizer)][:1])
     return found
-
-
-def special_ids(tokenizer: Any) -> set[int]:
-    return {tokenizer.convert_tokens_to_ids(text) for text in special_texts(tokenizer)}
 
 
 def _shifted_back(row: LabelledRow) -> LabelledRow:

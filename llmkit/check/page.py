@@ -4,6 +4,7 @@ The first screen says what is wrong and what to do; evidence follows, and what p
 """
 
 import re
+from collections.abc import Iterable
 from html import escape
 from typing import Any
 
@@ -67,8 +68,8 @@ def page(report: Report, extra: str = "", style: str = "") -> str:
     found = {status: [c for c in report.checks if c.status == status] for status in TITLES}
     counts = "".join(_count(report, status) for status in (*TITLES, "pass", "not_applicable") if report.count(status))
     body = [
-        f"<h1>llmkit check: <b>{_text(report.target)}</b></h1>",
-        f'<p class="verdict">{_text(verdict(report))}</p>',
+        f"<h1>llmkit check: <b>{html_text(report.target)}</b></h1>",
+        f'<p class="verdict">{html_text(verdict(report))}</p>',
         f'<ul class="counts">{counts}</ul>',
     ]
     all_found = [c for checks in found.values() for c in checks]
@@ -80,13 +81,19 @@ def page(report: Report, extra: str = "", style: str = "") -> str:
     body += [extra, _passed(report, is_open=not all_found), _not_applicable(report)]
     seconds = sum(c.seconds for c in report.checks)
     note = f"{len(report.checks)} checks in {seconds:.1f} s; {report.versions()}"
-    body.append(f'<p class="soft small">{_text(note)}</p>')
+    body.append(f'<p class="soft small">{html_text(note)}</p>')
     title = f"{SYMBOL['fail' if found['fail'] else 'pass']} llmkit check: {report.target}"
+    return document(title, body, style, PRINTED)
+
+
+def document(title: str, parts: Iterable[str], style: str = "", script: str = "") -> str:
+    """A whole page of HTML parts, empty ones left out, in our own style and what comes on top of it."""
+    code = f"<script>{script}</script>" if script else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{CSS}{style}</style><script>{PRINTED}</script></head><body>\n"
-        + "\n".join(filter(None, body))
+        f"<title>{html_text(title)}</title><style>{CSS}{style}</style>{code}</head><body>\n"
+        + "\n".join(filter(None, parts))
         + "\n</body></html>\n"
     )
 
@@ -107,13 +114,13 @@ def _checks(count: int) -> str:
     return f"{count} check{'s' * (count != 1)}"
 
 
-def _text(value: str) -> str:
+def html_text(value: str) -> str:
     return escape(printable(value))
 
 
 def _prose(value: str) -> str:
     """Text in which `backticks` stand around code."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", _text(value))
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html_text(value))
 
 
 def _count(report: Report, status: str) -> str:
@@ -123,17 +130,17 @@ def _count(report: Report, status: str) -> str:
 def _listed(c: CheckResult) -> str:
     """A finding in the list at the top: what is wrong, and what to do."""
     head = f'<span class="mark">{SYMBOL[c.status]} {MARK[c.status]}</span>'
-    name = f'<a class="id" href="#{_text(c.id)}">{_text(c.id)}</a>'
-    what = _text(c.title if c.status != "not_run" and c.title else c.measured)
+    name = f'<a class="id" href="#{html_text(c.id)}">{html_text(c.id)}</a>'
+    what = html_text(c.title if c.status != "not_run" and c.title else c.measured)
     todo = f'<p class="small soft">→ {_prose(advice(c)[1])}</p>' if c.fix else ""
     return f'<li class="{c.status}">{head}{name} <span>{what}</span>{todo}</li>'
 
 
 def _card(c: CheckResult) -> str:
-    head = f'<span class="mark">{SYMBOL[c.status]} {MARK[c.status]}</span> {_text(c.id)}'
-    lines = [("why" if c.status == "not_run" else "found", "", _text(c.measured))]
+    head = f'<span class="mark">{SYMBOL[c.status]} {MARK[c.status]}</span> {html_text(c.id)}'
+    lines = [("why" if c.status == "not_run" else "found", "", html_text(c.measured))]
     if c.limit:
-        lines.append(("limit", "", _text(c.limit)))
+        lines.append(("limit", "", html_text(c.limit)))
     if c.fix:
         kind, text = advice(c)
         lines.append((kind, kind, _prose(text)))
@@ -142,14 +149,14 @@ def _card(c: CheckResult) -> str:
         rest = f'<li class="soft">and {more} more</li>' if more > 0 else ""
         lines.append(("where", "", f"<ul>{''.join(map(_evidence, c.evidence[:SHOWN_EVIDENCE]))}{rest}</ul>"))
     rows = "".join(f'<dt>{name}</dt><dd class="{kind}">{text}</dd>' for name, kind, text in lines)
-    title = f'<span class="soft">{_text(c.title)}</span>' if c.title else ""
-    return f'<article class="{c.status}" id="{_text(c.id)}"><h3>{head}</h3>{title}<dl>{rows}</dl></article>'
+    title = f'<span class="soft">{html_text(c.title)}</span>' if c.title else ""
+    return f'<article class="{c.status}" id="{html_text(c.id)}"><h3>{head}</h3>{title}<dl>{rows}</dl></article>'
 
 
 def _evidence(item: dict[str, Any]) -> str:
-    parts = [f'<span class="soft">{_text(place(item))}</span>', _text(item.get("note") or "")]
+    parts = [f'<span class="soft">{html_text(place(item))}</span>', html_text(item.get("note") or "")]
     if item.get("text") is None and item.get("ids"):
-        parts.append(f"<code>ids {_text(str(item['ids'][:24]))}</code>")
+        parts.append(f"<code>ids {html_text(str(item['ids'][:24]))}</code>")
     line = " · ".join(part for part in parts if part and part != '<span class="soft"></span>')
     text = item.get("text")
     return f"<li>{line}{_quoted(str(text)) if text is not None else ''}</li>"
@@ -166,8 +173,8 @@ def _passed(report: Report, is_open: bool) -> str:
     if not passed:
         return ""
     rows = "".join(
-        f'<tr class="pass"><td class="mark">{SYMBOL["pass"]} {MARK["pass"]}</td><td>{_text(c.id)}</td>'
-        f"<td>{_text(c.measured)}</td><td>{_text(c.limit)}</td></tr>"
+        f'<tr class="pass"><td class="mark">{SYMBOL["pass"]} {MARK["pass"]}</td><td>{html_text(c.id)}</td>'
+        f"<td>{html_text(c.measured)}</td><td>{html_text(c.limit)}</td></tr>"
         for c in passed
     )
     head = "<tr><th></th><th>check</th><th>what was measured</th><th>limit</th></tr>"
@@ -180,6 +187,6 @@ def _not_applicable(report: Report) -> str:
     if not reasons:
         return ""
     ids = {reason: [c.id for c in report.checks if c.measured == reason] for reason, _ in reasons}
-    rows = "".join(f"<tr><td>{_text(r)}</td><td>{_text(', '.join(ids[r]))}</td></tr>" for r, _ in reasons)
+    rows = "".join(f"<tr><td>{html_text(r)}</td><td>{html_text(', '.join(ids[r]))}</td></tr>" for r, _ in reasons)
     summary = f"<summary>{_checks(report.count('not_applicable'))} did not apply</summary>"
     return f"<details>{summary}<table>{rows}</table></details>"

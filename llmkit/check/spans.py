@@ -122,6 +122,10 @@ def special_texts(tokenizer: Any) -> list[str]:
     return sorted(texts | set(tokenizer.all_special_tokens))
 
 
+def special_ids(tokenizer: Any) -> set[int]:
+    return {tokenizer.convert_tokens_to_ids(text) for text in special_texts(tokenizer)}
+
+
 def _common_suffix(a: str, b: str) -> str:
     length = 0
     while length < min(len(a), len(b)) and a[-1 - length] == b[-1 - length]:

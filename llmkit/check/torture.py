@@ -131,7 +131,7 @@ def normalised(tokenizer: Any, text: str) -> str:
         return text
 
 
-def _byte_letters() -> dict[int, str]:
+def byte_letters() -> dict[int, str]:
     """byte -> the letter that byte-level vocabularies write for it (GPT-2's table)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in printable]
@@ -145,7 +145,7 @@ class Alphabet:
         vocabulary = tokenizer.get_vocab()
         self.bytes: set[int] = {b for b in range(256) if f"<0x{b:02X}>" in vocabulary}
         if nature(tokenizer).kind == "bytes":
-            self.bytes |= {b for b, letter in _byte_letters().items() if letter in vocabulary}
+            self.bytes |= {b for b, letter in byte_letters().items() if letter in vocabulary}
         added = {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
         self.letters = set("".join(token for token in vocabulary if token not in added))
         self.letters |= {c for c in added if len(c) == 1}  # SentencePiece models add "\n" or a tab like that

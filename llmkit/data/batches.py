@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..check.spans import special_ids
+from ..check.torture import byte_letters
 from ..config import UserError
 
 IGNORE = -100
@@ -60,8 +62,7 @@ class Row:
 
 # tokens
 
-_KEPT = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves in GPT-2's alphabet
-_BYTES = {chr(b): b for b in _KEPT} | {chr(256 + n): b for n, b in enumerate(sorted({*range(256)} - {*_KEPT}))}
+_BYTES = {letter: byte for byte, letter in byte_letters().items()}
 
 
 def token_text(tokenizer: Any, token_id: int) -> str:
@@ -75,11 +76,6 @@ def token_text(tokenizer: Any, token_id: int) -> str:
     if piece.startswith("▁") and not text.startswith(" "):  # sentencepiece strips the blank of a first token
         return " " + text
     return text if text and "\ufffd" not in text else piece
-
-
-def special_ids(tokenizer: Any) -> set[int]:
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
 
 
 # batches

@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from ..config import UserError
+from .encode import num_utf8_bytes
 
 EXAMPLES = 10  # of each reason
 SHOWN = 160  # characters of an example
@@ -155,11 +156,11 @@ class Notes:
     def __init__(self) -> None:
         self.found: dict[tuple[str, str], dict[str, Any]] = {}
 
-    def add(self, fate: str, reason: str, where: str, text: str, note: str = "", size: int | None = None) -> None:
-        """fate: bad (unreadable row) | dropped | changed | seen (found and kept)."""
+    def add(self, fate: str, reason: str, where: str, text: str, note: str = "") -> None:
+        """fate: bad (unreadable row: `text` says what was found) | dropped | changed | seen (found and kept)."""
         entry = self.found.setdefault((fate, reason), {"count": 0, "bytes": 0, "examples": []})
         entry["count"] += 1
-        entry["bytes"] += len(text.encode("utf-8", "surrogatepass")) if size is None else size
+        entry["bytes"] += num_utf8_bytes(text)
         rank = xxhash.xxh32_intdigest(where.encode())
         examples = entry["examples"]
         if len(examples) < EXAMPLES or rank < examples[-1][0]:
@@ -196,7 +197,7 @@ class Measures:
         self._size = 0
 
     def add(self, text: str) -> None:
-        self.lengths.append(len(text) if text.isascii() else len(text.encode("utf-8")))
+        self.lengths.append(num_utf8_bytes(text))
         self.characters += len(text)
         self._held.append(text)
         self._size += len(text)

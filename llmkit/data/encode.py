@@ -8,13 +8,14 @@ Owns `tokens.ds`, `.index`, `.metadata`, `.logprob` (see shards.py) and how much
 above `max_bytes` is cut where its ids stay the same (cuts.py), else refused. Leaves out opening a store.
 """
 
+import hashlib
 import json
 import re
 import shutil
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,24 @@ def num_utf8_bytes(text: str) -> int:
 def id_dtype(num_ids: int) -> np.dtype:
     """Of a token store."""
     return np.dtype("<u2" if num_ids <= 65536 else "<u4")
+
+
+class Metadata(NamedTuple):
+    header: str  # TOKENIZER|BYTES OF AN ID
+    dtype: np.dtype
+    num_tokens: int
+
+
+def read_metadata(path: Path) -> Metadata:
+    """What `.metadata` says of a `.ds` file. Raises OSError, ValueError or TypeError where it is damaged."""
+    header, count = Path(f"{path}.metadata").read_text().splitlines()[:2]
+    return Metadata(header, np.dtype(f"<u{header.rsplit('|', 1)[-1]}"), int(count))
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of the content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Encoder:
@@ -236,7 +255,8 @@ def merge_stores(parts: Sequence[Path], folder: Path) -> dict[str, int]:
 
     Raises UserError where the parts are of different tokenizers, or one is cut short.
     """
-    headers = {(part / f"{NAME}.metadata").read_text().splitlines()[0] for part in parts}
+    metadata = [read_metadata(part / NAME) for part in parts]
+    headers = {found.header for found in metadata}
     if len(headers) != 1:
         raise UserError(f"{folder}: parts of different tokenizers ({', '.join(sorted(headers))}); tokenise them again")
     folder.mkdir(parents=True, exist_ok=True)
@@ -244,7 +264,7 @@ def merge_stores(parts: Sequence[Path], folder: Path) -> dict[str, int]:
     counts: dict[str, Any] = {
         key: sum(m[key] for m in manifests) for key in ("num_documents", "num_tokens", "num_bytes")
     }
-    width, offset = int(next(iter(headers)).rsplit("|", 1)[-1]), 0
+    width, offset = metadata[0].dtype.itemsize, 0
     with (folder / NAME).open("wb") as tokens, (folder / f"{NAME}.index").open("wb") as index:
         for part, manifest in zip(parts, manifests, strict=True):
             _append_file(part / NAME, tokens)

@@ -5,7 +5,6 @@ never in memory: figures are added up from what the steps left in the work folde
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -20,9 +19,10 @@ from numpy.typing import NDArray
 
 from ..config import UserError
 from ..report.corpus import page
-from ..run import Result, write_json
+from ..report.plots import rank_curve
+from ..run import Result, write_json, write_text
 from . import clean, stages
-from .encode import NAME, merge_stores
+from .encode import NAME, file_hash, merge_stores, read_metadata
 from .sources import describe
 from .stages import (
     FATES,
@@ -30,30 +30,28 @@ from .stages import (
     HELD_OUT_SHARD,
     Plan,
     final_fates,
+    load_array,
     load_notes,
     training_texts,
 )
 
 TRAINING_BYTES = 100_000_000  # of text that a BPE is trained on
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
-ZIPF_POINTS = 200
 COMMONEST = 20
 LISTS = ("duplicates.jsonl", "contaminated.jsonl")
 
 
 def tokenizer(work: str, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
     """Trains a tokenizer on the kept training documents, unless the recipe named one (it lies there already)."""
-    from .tokenizer import add_bos, save_tokenizer, train_bpe, train_char
+    from .tokenizer import save_tokenizer, train_tokenizer
 
     plan, folder = Plan.load(work), Path(work, "tokenizer")
-    if plan.config.tokenizer_name:
+    config = plan.config
+    if config.tokenizer_name:
         return
-    if plan.config.tokenizer_type == "char":
-        made = train_char(training_texts(work, plan, 1 << 62))
-    else:
-        made = train_bpe(training_texts(work, plan, TRAINING_BYTES), plan.config.vocab_size)
-    if plan.config.packing_strategy == "bos_bestfit":
-        add_bos(made)
+    texts = training_texts(work, plan, 1 << 62 if config.tokenizer_type == "char" else TRAINING_BYTES)
+    opens_with_bos = config.packing_strategy == "bos_bestfit"
+    made = train_tokenizer(config.tokenizer_type, texts, config.vocab_size, opens_with_bos)
     shutil.rmtree(folder, ignore_errors=True)
     save_tokenizer(made, folder)
     write_ids(made, work)
@@ -91,7 +89,7 @@ def finish(work: str, data: Any = None, rank: int = 0, world_size: int = 1) -> N
         if Path(work, name).exists():
             shutil.copy(Path(work, name), output / name)
     write_json(output / "report.json", figures)
-    (output / "report.html").write_text(page(figures), encoding="utf-8", errors="backslashreplace")
+    write_text(output / "report.html", page(figures))
     _write_result(output, figures)
 
 
@@ -104,7 +102,7 @@ def _store_figures(plan: Plan, folder: Path, ids: dict[str, Any], name: str) -> 
     figures["bytes_per_token"] = figures["bytes"] / max(1, figures["tokens"] - figures["documents"])
     sources = [s for s, store in zip(plan.sources, plan.stores, strict=True) if store == name] or plan.sources
     manifest["source"] = ", ".join(str(source.data_files or source.path) for source in sources)
-    manifest |= {"fingerprint": _digest(folder / NAME), "tokenizer": ids["fingerprint"]}
+    manifest |= {"fingerprint": file_hash(folder / NAME), "tokenizer": ids["fingerprint"]}
     write_json(folder / "manifest.json", manifest)
     if plan.config.max_length and plan.config.packing_strategy == "bos_bestfit":
         ends = np.fromfile(folder / f"{NAME}.index", "<u8")
@@ -119,13 +117,7 @@ def _store_figures(plan: Plan, folder: Path, ids: dict[str, Any], name: str) -> 
 
 
 def _tokens(folder: Path) -> NDArray:
-    width = int((folder / f"{NAME}.metadata").read_text().splitlines()[0].rsplit("|", 1)[-1])
-    return np.memmap(folder / NAME, f"<u{width}", mode="r")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return np.memmap(folder / NAME, read_metadata(folder / NAME).dtype, mode="r")
 
 
 def _frequencies(work: str, plan: Plan, size: int) -> dict[str, Any]:
@@ -135,14 +127,11 @@ def _frequencies(work: str, plan: Plan, size: int) -> dict[str, Any]:
         tokens = _tokens(Path(work, "stores", name))
         for k in range(0, len(tokens), 1 << 22):
             counts += np.bincount(tokens[k : k + (1 << 22)], minlength=size)
-    ranked = np.sort(counts)[::-1]
-    used = int((ranked > 0).sum())
-    at = np.unique(np.geomspace(1, max(1, used), ZIPF_POINTS).astype(int)) - 1
     return {
         "vocabulary": size,
-        "unused": size - used,
-        "under_100": int((ranked < 100).sum()),
-        "zipf": [[int(r) + 1, int(ranked[r])] for r in at],
+        "unused": int((counts == 0).sum()),
+        "under_100": int((counts < 100).sum()),
+        "zipf": rank_curve(counts),
     }
 
 
@@ -179,7 +168,7 @@ def report(work: str, plan: Plan) -> dict[str, Any]:
 def _source_figures(
     work: str, source: Any, role: str, store: str, ranks: list[int], read: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    lengths = np.concatenate([np.load(Path(work, "lengths", f"{r:05d}.npy")) for r in ranks] or [np.empty(0, np.int64)])
+    lengths = np.concatenate([load_array(work, "lengths", r) for r in ranks] or [np.empty(0, np.int64)])
     own = clean.Notes()
     for found in read:
         own.merge(found["notes"])
@@ -208,7 +197,7 @@ def _flow(work: str, plan: Plan, sources: list[dict[str, Any]]) -> list[dict[str
     )
     totals: dict[str, NDArray[np.int64]] = {}
     for rank in plan.train_tasks:
-        lengths, fates = np.load(Path(work, "lengths", f"{rank:05d}.npy")), final_fates(work, plan, rank)
+        lengths, fates = load_array(work, "lengths", rank), final_fates(work, plan, rank)
         for k, fate in enumerate(FATES):
             here = fates == k
             totals[fate] = totals.get(fate, np.zeros(2, np.int64)) + np.array([here.sum(), lengths[here].sum()])
@@ -232,7 +221,7 @@ def _reasons(notes: clean.Notes, sources: list[dict[str, Any]]) -> list[dict[str
             "reason": reason,
             "count": entry["count"],
             "share": entry["count"] / rows,
-            "bytes": entry["bytes"],
+            "bytes": entry["bytes"] if fate != "bad" else None,  # a row that was not read has no known size
             "examples": [{"where": where, "text": text, "note": note} for _, where, text, note in entry["examples"]],
         }
         for (fate, reason), entry in notes.found.items()
@@ -241,16 +230,17 @@ def _reasons(notes: clean.Notes, sources: list[dict[str, Any]]) -> list[dict[str
 
 
 def _scripts(work: str, plan: Plan) -> dict[str, float]:
-    """Shares of the characters by the first word of their Unicode name: LATIN, CJK, DIGIT, ...; white space apart."""
+    """Shares of the characters by script, the commonest first."""
     totals: Counter[str] = Counter()
     for rank in range(len(plan.tasks)):
-        for point, count in np.load(Path(work, "code_points", f"{rank:05d}.npy")).T.tolist():
+        for point, count in load_array(work, "code_points", rank).T.tolist():
             totals[_script(chr(point))] += count
     every = max(1, sum(totals.values()))
     return {name: count / every for name, count in totals.most_common()}
 
 
 def _script(char: str) -> str:
+    """Latin, Cyrillic, Cjk, ...; digits, marks and white space of all scripts are a kind each."""
     category = unicodedata.category(char)
     if char.isspace() or category.startswith("Z"):
         return "white space"

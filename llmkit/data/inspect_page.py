@@ -6,8 +6,8 @@ position, id and label when it is pointed at. Long stretches are cut in the midd
 
 from html import escape
 
-from ..check.console import printable, visible
-from ..check.page import CSS
+from ..check.console import visible
+from ..check.page import document, html_text
 from .batches import IGNORE, PADDING, TRAINED, Row, Sequence
 from .inspect import Inspection, both_ends, document_sign, facts, legend, runs
 from .inspect_console import row_title, sequence_title, token_sign
@@ -61,25 +61,15 @@ def page(i: Inspection) -> str:
     most = max(MOST_TOKENS // max(num_runs, 1), FEWEST)
     looks = [f"{n:,} of {i.totals['rows']:,} rows: {note}" for note, n in i.totals["notes"].items()]
     body = [
-        f"<h1>llmkit inspect: <b>{_text(i.target)}</b></h1>",
+        f"<h1>llmkit inspect: <b>{html_text(i.target)}</b></h1>",
         '<p class="verdict">What the model will really see</p>',
-        "".join(f'<p class="look">! {_text(look)}</p>' for look in looks),
-        f"<dl>{''.join(f'<dt>{_text(name)}</dt><dd>{_text(value)}</dd>' for name, value in facts(i))}</dl>",
+        "".join(f'<p class="look">! {html_text(look)}</p>' for look in looks),
+        f"<dl>{''.join(f'<dt>{html_text(name)}</dt><dd>{html_text(value)}</dd>' for name, value in facts(i))}</dl>",
         _histogram(i),
         _legend(i),
         *(_row(row, i, most) for row in i.rows),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(f'llmkit inspect: {i.target}')}</title><style>{CSS}{STYLE}</style></head><body>\n"
-        + "\n".join(filter(None, body))
-        + "\n</body></html>\n"
-    )
-
-
-def _text(value: str) -> str:
-    return escape(printable(value))
+    return document(f"llmkit inspect: {i.target}", body, STYLE)
 
 
 def _histogram(i: Inspection) -> str:
@@ -105,7 +95,7 @@ def _legend(i: Inspection) -> str:
     ]
     special = '<span class="tokens"><span style="padding:0"><i class="x">token</i></span></span>'
     lines.append((special, "special", "a control token of the tokenizer, in whichever state"))
-    rows = "".join(f"<dt>{sample}</dt><dd><b>{state}</b>: {_text(text)}</dd>" for sample, state, text in lines)
+    rows = "".join(f"<dt>{sample}</dt><dd><b>{state}</b>: {html_text(text)}</dd>" for sample, state, text in lines)
     if sign := document_sign(i):
         rows += f'<dt class="soft">¶</dt><dd>{sign}</dd>'
     hint = "Point at a token for its position, id and label."
@@ -116,21 +106,21 @@ def _row(row: Row, i: Inspection, most: int) -> str:
     parts = "".join(f"<div>{_sequence(s, most, is_alone=len(row.sequences) == 1)}</div>" for s in row.sequences)
     kind = ' class="pair"' if len(row.sequences) > 1 else ""
     title = row_title(row) + (f' <span class="soft">{sequence_title(row.sequences[0])}</span>' if not kind else "")
-    notes = "".join(f'<p class="look">! {_text(note)}</p>' for note in row.notes)
-    columns = "".join(f"<dt>{_text(k)}</dt><dd>{_column(v, i)}</dd>" for k, v in row.columns.items())
+    notes = "".join(f'<p class="look">! {html_text(note)}</p>' for note in row.notes)
+    columns = "".join(f"<dt>{html_text(k)}</dt><dd>{_column(v, i)}</dd>" for k, v in row.columns.items())
     columns = f"<dl>{columns}</dl>" if columns else ""
     return f"<article><h3>{title}</h3>{notes}<div{kind}>{parts}</div>{columns}</article>"
 
 
 def _column(value: object, i: Inspection) -> str:
     if not isinstance(value, str) or i.is_redacted:
-        return _text(str(value))
+        return html_text(str(value))
     lines = (visible(line, len(line) + 1) for line in value.splitlines(keepends=True))
     return f"<pre>{escape(chr(10).join(lines))}</pre>"
 
 
 def _sequence(s: Sequence, most: int, is_alone: bool) -> str:
-    title = "" if is_alone else f'<h4>{_text(s.name)} <span class="soft">{sequence_title(s)}</span></h4>'
+    title = "" if is_alone else f'<h4>{html_text(s.name)} <span class="soft">{sequence_title(s)}</span></h4>'
     odd = dict(s.odd_labels)
     first, hidden, last = both_ends(runs(s), STRETCHES // 2, STRETCHES // 2)
     body = "".join(_run(s, run, most, odd) for run in first)

@@ -22,7 +22,7 @@ from rich.console import Console
 from ..config import DataConfig, UserError
 from ..report.corpus import print_summary
 from ..run import Run, is_disk_full, run_status
-from . import clean, dedup, finish, stages
+from . import clean, dedup, executor, finish, stages
 from .read import EVERY, Share, plan_shares, share_size
 from .sources import find_builder, find_files, parse_sources, source_fingerprint
 from .stages import HELD_OUT_SHARD, Plan, Stage, Task
@@ -74,10 +74,15 @@ def make_plan(config: DataConfig) -> Plan:
         for s in parse_sources(config.benchmark_datasets, "benchmark_datasets")
     ]
     mixed = any(source.fraction is not None for source in train)
+    for i, source in enumerate(train):
+        if source.shard and not mixed:
+            raise UserError(
+                f"datasets[{i}]: shard={source.shard!r} has no effect without `fraction`, as all entries go into one "
+                "store `train`; remove it, or give every entry a fraction and so a store of its own"
+            )
     stores = [source.shard or f"train-{i}" if mixed else "train" for i, source in enumerate(train)]
     stores += [source.shard or source.name or f"validation{i}" for i, source in enumerate(held_back)]
-    taken = [*set(stores[: len(train)] if not mixed else []), *(stores[: len(train)] if mixed else [])]
-    taken += [*stores[len(train) :], *([HELD_OUT_SHARD] if config.test_split_size else [])]
+    taken = [*(stores if mixed else ["train", *stores[len(train) :]]), *[HELD_OUT_SHARD] * bool(config.test_split_size)]
     for name in taken:
         if taken.count(name) > 1 or name in ("tokenizer", "work") or "/" in name:
             raise UserError(
@@ -142,11 +147,12 @@ def work_key(config: DataConfig) -> str:
     return digest.hexdigest()[:12]
 
 
-def main(config: DataConfig) -> Any:
-    """Makes the corpus. Raises UserError for what cannot be read, and leaves no store then."""
-    console = Console(stderr=False)
-    from . import executor
+def main(config: DataConfig) -> dict[str, Any] | None:
+    """Makes the corpus; the figures of its report, None where a cluster goes on.
 
+    Raises UserError for what cannot be read, and leaves no store then.
+    """
+    console = Console()
     check_settings(config)
     if config.engine != "local":  # a node may start its tasks anywhere
         places: dict[str, Any] = {k: str(Path(getattr(config, k)).absolute()) for k in ("output_dir", "data_dir")}
@@ -169,14 +175,14 @@ def main(config: DataConfig) -> Any:
         if not was_there:
             shutil.rmtree(output, ignore_errors=True)  # datatrove makes folders for its logs
         return None
-    for other in (output / "work").glob("*") if (output / "work").is_dir() else ():
-        if other.name != key:
-            console.print(f"removed   {other}: an unfinished run of another recipe or text")
-            shutil.rmtree(other)
-    if work.is_dir():
-        console.print(f"goes on   with what an earlier run left in {work}")
     run = Run.start(output, "data", config, {"started_s": time.time(), "text": key})
     try:
+        for other in (output / "work").glob("*"):  # behind the lock: nobody is at work there
+            if other.name != key:
+                console.print(f"removed   {other}: an unfinished run of another recipe or text")
+                shutil.rmtree(other)
+        if work.is_dir():
+            console.print(f"goes on   with what an earlier run left in {work}")
         work.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None and not (work / "tokenizer").exists():
             tokenizer.save_pretrained(work / "tokenizer")
@@ -196,8 +202,6 @@ def main(config: DataConfig) -> Any:
 
 def _run(plan: Plan, work: Path, console: Console) -> dict[str, Any] | None:
     """All steps here, or as jobs of a cluster; the figures of the report, where there are some yet."""
-    from . import executor
-
     config, output = plan.config, Path(plan.output)
     if config.engine != "local":
         executor.submit(make_stages(plan, work), work / "logs", config, console)

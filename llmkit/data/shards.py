@@ -29,11 +29,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ..config import UserError
-from .encode import NAME, Encoder, StoreWriter, merge_stores
+from .encode import Encoder, StoreWriter, file_hash, read_metadata
 from .sources import Doc
 from .tokenizer import fingerprint
 
-__all__ = ["NAME", "RowPlan", "Store", "StoreWriter", "build_store", "merge_stores", "open_store", "plan_rows"]
 TABLE_SIZES = 128  # packing looks ahead when the pieces have at most so many different lengths
 
 
@@ -81,7 +80,8 @@ class _PythonCore:
     def no_padding(self) -> None: ...
 
 
-def _core(tokenizer: PreTrainedTokenizerBase) -> Any:
+def encoding_core(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """What an Encoder takes: the `tokenizers.Tokenizer` inside, or a stand-in for one written in Python."""
     return getattr(tokenizer, "backend_tokenizer", None) or _PythonCore(tokenizer)
 
 
@@ -94,7 +94,7 @@ def _write_store(
     on_progress: Callable[[int], None],
 ) -> None:
     name = Path(tokenizer.name_or_path or "llmkit").name
-    writer = StoreWriter(folder, _core(tokenizer), tokenizer.eos_token_id, tokenizer.unk_token_id, name, where)
+    writer = StoreWriter(folder, encoding_core(tokenizer), tokenizer.eos_token_id, tokenizer.unk_token_id, name, where)
     num_empty, iterator = 0, iter(docs)
     while batch := list(islice(iterator, 1024)):
         kept = [doc for doc in batch if doc.text]
@@ -142,22 +142,21 @@ def open_store(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Store:
         )
     path = names[0]
     try:
-        header, count = Path(f"{path}.metadata").read_text().splitlines()[:2]
+        metadata = read_metadata(path)
         ends = np.fromfile(f"{path}.index", "<u8")
-        tokens = np.memmap(path, np.dtype(f"<u{header.rsplit('|', 1)[-1]}"), mode="r")
-        num_tokens = int(count)
+        tokens = np.memmap(path, metadata.dtype, mode="r")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{path}: the file, .index or .metadata is damaged ({error}); tokenise the corpus again"
         ) from None
-    if not len(ends) or ends[-1] != len(tokens) or num_tokens != len(tokens):
+    if not len(ends) or ends[-1] != len(tokens) or metadata.num_tokens != len(tokens):
         raise UserError(
             f"{path}: holds {len(tokens)} tokens, its index says {int(ends[-1]) if len(ends) else 0}; tokenise again"
         )
     manifest_path = folder / "manifest.json"
     manifest = {"num_bytes": None} | (json.loads(manifest_path.read_text()) if manifest_path.exists() else {})
     if "fingerprint" not in manifest:  # written by datatrove, or by a StoreWriter alone
-        manifest["fingerprint"] = _hash(path)
+        manifest["fingerprint"] = file_hash(path)
     if manifest.get("tokenizer", fingerprint(tokenizer)) != fingerprint(tokenizer):
         raise UserError(f"{folder}: was made by another tokenizer; tokenise the corpus again or set its tokenizer_name")
     log_probs = np.fromfile(f"{path}.logprob", "<f8") if Path(f"{path}.logprob").exists() else None
@@ -166,14 +165,9 @@ def open_store(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Store:
     return store
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _check_sample(store: Store, tokenizer: PreTrainedTokenizerBase, num_docs: int = 4) -> None:
     """Decodes a few documents and tokenises them again: another tokenizer or a changed one gives other ids."""
-    encoder = Encoder(_core(tokenizer), max_bytes=1 << 30)  # 2,000 ids at a time
+    encoder = Encoder(encoding_core(tokenizer), max_bytes=1 << 30)  # 2,000 ids at a time
     for i in range(min(num_docs, len(store.ends))):
         ids = store.tokens[store.starts[i] : int(store.ends[i])]
         body, last = ids[:-1], int(ids[-1]) if len(ids) else None

@@ -1,6 +1,7 @@
 """Where text comes from: builtin/toyworld, local files, Hub data sets.
 
-Owns reading. Every source yields documents (text, log-probability or None); nothing is cleaned, dropped or changed.
+Owns what an entry of a recipe names, and its documents (text, log-probability or None): nothing is cleaned, dropped or
+changed. Leaves out how files are read (read.py).
 
     source = Source(path="text", data_files="tiny_shakespeare.txt", split="train[:90%]")
     for text, log_prob in documents(source, data_dir=Path("data")): ...
@@ -16,6 +17,7 @@ import json
 import re
 import typing
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,9 +143,17 @@ def find_builder(source: Source) -> str | None:
 
 def hub_rows(source: Source) -> Any:
     """A `datasets` data set of the Hub; its own errors become one line that says where to look."""
+    keys = ("path", "name", "data_files", "split", "streaming")
+    return _load_hub(json.dumps({key: getattr(source, key) for key in keys}))
+
+
+@lru_cache(8)
+def _load_hub(arguments: str) -> Any:
+    """Once for each process: a corpus has a share for every 10,000 rows, and loading takes seconds."""
     import datasets
 
     datasets.disable_progress_bars()
+    source = Source(**json.loads(arguments))
     try:
         return datasets.load_dataset(
             source.path, source.name, data_files=source.data_files, split=source.split, streaming=source.streaming
@@ -177,6 +187,7 @@ def documents(source: Source, data_dir: Path) -> Iterator[Doc]:
 
 
 def describe(source: Source) -> str:
+    """A source as complaints and reports name it."""
     return " ".join(str(part) for part in (source.path, source.name, source.data_files, source.split) if part)
 
 

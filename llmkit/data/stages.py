@@ -32,9 +32,9 @@ from ..config import DataConfig, UserError
 from ..run import write_json
 from . import clean, dedup
 from .decontaminate import Index, judge
-from .encode import BATCH_BYTES, MAX_BYTES, StoreWriter
+from .encode import BATCH_BYTES, MAX_BYTES, StoreWriter, num_utf8_bytes
 from .read import EVERY, PROBLEMS, Row, Share, plan_shares, read_share
-from .sources import Source
+from .sources import Source, describe
 from .words import RUN, ngrams, pieces, text_hash, word_hashes, words
 
 FATES = ("kept", "exact-duplicate", "near-duplicate", "held-out", "contaminated")
@@ -53,6 +53,8 @@ class Stage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
+    """What one process reads in one go: shares of one source, small files together."""
+
     source: int
     shares: list[Share]
 
@@ -104,12 +106,12 @@ def _load_plan(work: str) -> Plan:
     return Plan(**found)
 
 
-def _array(work: str, *parts: str) -> NDArray:
-    return np.load(Path(work, *parts[:-1], f"{parts[-1]}.npy"))
+def load_array(work: str, folder: str, rank: int) -> NDArray:
+    return np.load(Path(work, folder, f"{rank:05d}.npy"))
 
 
-def _save(value: NDArray, work: str, *parts: str) -> None:
-    path = Path(work, *parts[:-1], f"{parts[-1]}.npy")
+def _save(value: NDArray, work: str, folder: str, rank: int) -> None:
+    path = Path(work, folder, f"{rank:05d}.npy")
     path.parent.mkdir(parents=True, exist_ok=True)
     np.save(path, value)
 
@@ -130,7 +132,7 @@ class Texts:
     def get(self, place: tuple[int, int]) -> dict[str, Any]:
         rank, number = place
         if rank not in self._index:
-            self._index[rank] = _array(self.work, "docs", f"{rank:05d}")
+            self._index[rank] = load_array(self.work, "docs", rank)
         with Path(self.work, "docs", f"{rank:05d}.jsonl").open("rb") as file:
             file.seek(int(self._index[rank][number]))
             return orjson.loads(file.readline())
@@ -165,7 +167,7 @@ def read(work: str, data: Any = None, rank: int = 0, world_size: int = 1) -> Non
     is_train = task.source < plan.num_train
     notes, measures = clean.Notes(), clean.Measures()
     keep = clean.make_filters(plan.config.filters) if is_train and plan.config.filters else None
-    documents = _cleaned(plan, task, keep, notes, measures)
+    documents = _cleaned(plan, task, keep, notes)
     Path(work, "docs").mkdir(exist_ok=True)
     hashes: list[tuple[int, int]] = []
     starts: list[int] = []
@@ -189,19 +191,18 @@ def read(work: str, data: Any = None, rank: int = 0, world_size: int = 1) -> Non
         else:
             deque(written(file), maxlen=0)
     measures.flush()
-    _save(np.array(hashes, np.uint64).reshape(-1, 2), work, "hashes", f"{rank:05d}")
-    _save(np.array(starts, np.uint64), work, "docs", f"{rank:05d}")
-    _save(np.array(measures.lengths, np.int64), work, "lengths", f"{rank:05d}")
+    _save(np.array(hashes, np.uint64).reshape(-1, 2), work, "hashes", rank)
+    _save(np.array(starts, np.uint64), work, "docs", rank)
+    _save(np.array(measures.lengths, np.int64), work, "lengths", rank)
     points = np.flatnonzero(measures.code_points)
-    _save(np.stack([points, measures.code_points[points]]), work, "code_points", f"{rank:05d}")
+    _save(np.stack([points, measures.code_points[points]]), work, "code_points", rank)
     lines = measures.lines.most_common(200)
     found = {"notes": notes.to_list(), "characters": measures.characters, "lines": lines}
     _save_notes(found, work, "read", rank)
 
 
-def _cleaned(
-    plan: Plan, task: Task, keep: Callable | None, notes: clean.Notes, measures: clean.Measures
-) -> Iterator[Row]:
+def _cleaned(plan: Plan, task: Task, keep: Callable | None, notes: clean.Notes) -> Iterator[Row]:
+    """Rows that are documents; what was wrong with the others, or was changed, goes to the notes."""
     config, source = plan.config, plan.sources[task.source]
     for share in task.shares:
         for row in read_share(source, share, config.max_doc_bytes, plan.rows[task.source]):
@@ -231,7 +232,7 @@ def _cleaned(
 
 
 def check_bad_rows(notes: clean.Notes, max_bad_rows: int) -> None:
-    """Raises UserError that shows the first rows when there are more bad ones than allowed."""
+    """Raises UserError that shows one of them when there are more bad ones than allowed."""
     count = notes.count("bad")
     if count <= max_bad_rows:
         return
@@ -263,7 +264,7 @@ def duplicates(work: str, data: Any = None, rank: int = 0, world_size: int = 1) 
     for found in load_notes(work, "read", list(range(len(plan.tasks)))):
         every.merge(found["notes"])
     check_bad_rows(every, config.max_bad_rows)
-    hashes = [_array(work, "hashes", f"{r:05d}") for r in ranks]
+    hashes = [load_array(work, "hashes", r) for r in ranks]
     fates = [np.zeros(len(h), np.uint8) for h in hashes]
     texts, notes = Texts(work), clean.Notes()
     ends = np.cumsum([0, *map(len, hashes)])
@@ -299,7 +300,7 @@ def duplicates(work: str, data: Any = None, rank: int = 0, world_size: int = 1) 
     for r, h, fate in zip(ranks, hashes, fates, strict=True):
         draw = ((h[:, 0] ^ np.uint64(config.seed)) >> np.uint64(11)) / 2.0**53  # uniform in [0, 1), by the text alone
         fate[(draw < config.test_split_size) & (fate == KEPT)] = HELD_OUT
-        _save(fate, work, "fates", "duplicates", f"{r:05d}")
+        _save(fate, work, "fates/duplicates", r)
     _save_notes({"notes": notes.to_list()}, work, "duplicates", 0)
 
 
@@ -314,7 +315,7 @@ def reference(work: str, data: Any = None, rank: int = 0, world_size: int = 1) -
     def texts() -> Iterator[str]:
         for r, task in enumerate(plan.tasks):
             is_train = task.source < plan.num_train
-            fates = _array(work, "fates", "duplicates", f"{r:05d}") if is_train else None
+            fates = load_array(work, "fates/duplicates", r) if is_train else None
             shard = HELD_OUT_SHARD if is_train else plan.stores[task.source]
             for number, document in enumerate(_documents(work, r)):
                 if fates is None or fates[number] == HELD_OUT:
@@ -339,15 +340,15 @@ def find_hits(work: str, data: Any = None, rank: int = 0, world_size: int = 1) -
     plan = Plan.load(work)
     task = plan.train_tasks[rank]
     index = Index.load(Path(work, "reference.npz"))
-    fates = _array(work, "fates", "duplicates", f"{task:05d}")
-    whole = index.whole(_array(work, "hashes", f"{task:05d}"))
+    fates = load_array(work, "fates/duplicates", task)
+    whole = index.whole(load_array(work, "hashes", task))
     whole[fates != KEPT] = -1
     pairs: list[NDArray] = [np.empty((0, 2), np.int64)]
     for number, document in enumerate(_documents(work, task)):
         if fates[number] == KEPT and len(runs := index.hits(document["text"])):
             pairs.append(np.stack([np.full(len(runs), number), runs], 1))
-    _save(np.concatenate(pairs), work, "hits", f"{task:05d}")
-    _save(whole, work, "whole", f"{task:05d}")
+    _save(np.concatenate(pairs), work, "hits", task)
+    _save(whole, work, "whole", task)
 
 
 def contamination(work: str, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
@@ -355,13 +356,13 @@ def contamination(work: str, data: Any = None, rank: int = 0, world_size: int = 
     plan = Plan.load(work)
     labels = json.loads(Path(work, "reference.json").read_text(encoding="utf-8"))
     index, texts, notes = Index.load(Path(work, "reference.npz")), Texts(work), clean.Notes()
-    hits = {r: _array(work, "hits", f"{r:05d}") for r in plan.train_tasks}
+    hits = {r: load_array(work, "hits", r) for r in plan.train_tasks}
     every = np.concatenate([pairs for pairs in hits.values()] or [np.empty((0, 2), np.int64)])
     condemns, boilerplate = judge(every[:, 1])
     with Path(work, "contaminated.jsonl").open("wb") as file:
         at = 0
         for r, pairs in hits.items():
-            fates, whole = _array(work, "fates", "duplicates", f"{r:05d}"), _array(work, "whole", f"{r:05d}")
+            fates, whole = load_array(work, "fates/duplicates", r), load_array(work, "whole", r)
             guilty = pairs[condemns[at : at + len(pairs)]]
             at += len(pairs)
             for number in sorted({*np.flatnonzero(whole >= 0).tolist(), *guilty[:, 0].tolist()}):
@@ -376,7 +377,7 @@ def contamination(work: str, data: Any = None, rank: int = 0, world_size: int = 
                 notes.add(
                     "dropped", FATES[CONTAMINATED], document["where"], document["text"], f"{how}: {labels[owner]}"
                 )
-            _save(fates, work, "fates", "final", f"{r:05d}")
+            _save(fates, work, "fates/final", r)
     common = [int(index.owners[run]) for run in boilerplate.tolist()]
     _save_notes(
         {"notes": notes.to_list(), "boilerplate": sorted({labels[o] for o in common})}, work, "contamination", 0
@@ -393,11 +394,14 @@ def _run_text(text: str, runs: NDArray[np.uint64]) -> str:
 
 
 def final_fates(work: str, plan: Plan, rank: int) -> NDArray[np.uint8]:
-    return _array(work, "fates", "final" if plan.has_reference else "duplicates", f"{rank:05d}")
+    return load_array(work, f"fates/{'final' if plan.has_reference else 'duplicates'}", rank)
 
 
 def training_texts(work: str, plan: Plan, num_bytes: int) -> Iterator[str]:
-    """Kept training documents, of all tasks in turn, long ones in parts, until `num_bytes` are reached."""
+    """Kept training documents, long ones in parts, about `num_bytes` of them, as many of each task until it ends.
+
+    The smallest task comes first, so that what it lacks is shared among the others, and one file is open at a time.
+    """
 
     def kept(rank: int) -> Iterator[str]:
         fates = final_fates(work, plan, rank)
@@ -405,16 +409,19 @@ def training_texts(work: str, plan: Plan, num_bytes: int) -> Iterator[str]:
             if fate == KEPT:
                 yield from pieces(document["text"], MAX_BYTES)
 
-    for texts in itertools.zip_longest(*map(kept, plan.train_tasks)):
-        for text in filter(None, texts):
+    tasks = sorted(plan.train_tasks, key=lambda rank: Path(work, "docs", f"{rank:05d}.jsonl").stat().st_size)
+    for number, rank in enumerate(tasks):
+        quota = num_bytes // (len(tasks) - number)
+        for text in kept(rank):
+            if quota <= 0:
+                break
             yield text
-            num_bytes -= len(text)
-            if num_bytes <= 0:
-                return
+            size = num_utf8_bytes(text)
+            quota, num_bytes = quota - size, num_bytes - size
 
 
 def _batched(documents: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Documents of about a megabyte together, so that long ones are not held side by side."""
+    """Documents of about BATCH_BYTES together, so that long ones are not held side by side."""
     batch: list[dict[str, Any]] = []
     size = 0
     for document in documents:
@@ -439,6 +446,7 @@ def tokenise(work: str, data: Any = None, rank: int = 0, world_size: int = 1) ->
     """The documents of a task as tokens, one part for each store that they go to."""
     plan = Plan.load(work)
     task = plan.tasks[rank]
+    source = plan.sources[task.source]
     ids = json.loads(Path(work, "ids.json").read_text(encoding="utf-8"))
     is_train = task.source < plan.num_train
     fates = final_fates(work, plan, rank) if is_train else None
@@ -450,7 +458,7 @@ def tokenise(work: str, data: Any = None, rank: int = 0, world_size: int = 1) ->
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         wanted = (d for n, d in enumerate(_documents(work, rank)) if fates is None or fates[n] == fate)
-        writer, seen = StoreWriter(part, _core(work), ids["eos"], ids["unk"]), 0
+        writer, seen = StoreWriter(part, _core(work), ids["eos"], ids["unk"], where=describe(source)), 0
         for batch in _batched(wanted):
             known = len(writer.refused)
             writer.write([d["text"] for d in batch], [d.get("log_prob") for d in batch])

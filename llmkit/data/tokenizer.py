@@ -91,6 +91,16 @@ def add_bos(tokenizer: PreTrainedTokenizerFast) -> None:
     )
 
 
+def train_tokenizer(
+    kind: str, texts: Iterable[str], vocab_size: int, opens_with_bos: bool, control: Sequence[str] = CHAT
+) -> PreTrainedTokenizerFast:
+    """As recipes say it: `tokenizer_type` bpe or char; a char-level one has as many ids as there are characters."""
+    made = train_char(texts, control) if kind == "char" else train_bpe(texts, vocab_size, control)
+    if opens_with_bos:
+        add_bos(made)
+    return made
+
+
 def load_tokenizer(
     name_or_path: str, trust_remote_code: bool = False, key: str = "tokenizer_name"
 ) -> PreTrainedTokenizerBase:

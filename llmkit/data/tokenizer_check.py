@@ -8,7 +8,6 @@ Leaves out the checks (`llmkit/check`), the counting (`vocabulary.py`) and how i
 import dataclasses
 import functools
 import importlib.util
-import os
 from collections.abc import Callable, Iterator
 from glob import escape
 from pathlib import Path
@@ -24,7 +23,7 @@ from ..check.torture import nature
 from ..check.verb import check_file, make_console
 from ..config import TokenizerCheckConfig, TokenizerTrainConfig, UserError
 from ..report.plots import plot_frequencies
-from ..run import resolve_model_dir, write_json
+from ..run import resolve_model_dir, write_bytes, write_json, write_text
 from .encode import id_dtype
 from .sources import SUFFIXES, Source, documents, parse_sources
 from .tokenizer_report import STYLE, print_figures, progress, section
@@ -207,16 +206,7 @@ def _write(report: Report, figures: dict[str, Any], settings: Settings) -> list[
         write_json(Path(settings.json), report.to_dict() | figures)
     if settings.html:
         html = page(report, section(figures, png), STYLE)
-        _replace(Path(settings.html), html.encode("utf-8", "backslashreplace"))
+        write_text(Path(settings.html), html)
     if settings.plot and png is not None:
-        _replace(Path(settings.plot), png)
+        write_bytes(Path(settings.plot), png)
     return [key for key in ("json", "html", "plot") if getattr(settings, key)]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

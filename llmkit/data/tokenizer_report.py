@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..check.console import BLANKS, hang, printable
-from ..check.page import _text
+from ..check.page import html_text
 
 QUIET_S = 5.0  # a bar appears when it takes longer
 LONGEST = 40  # characters of a token
@@ -144,13 +144,13 @@ def section(figures: dict[str, Any], png: bytes | None) -> str:
         return ""
     head = "".join(f'<th class="num">{name}</th>' for name in ("MB", *COLUMNS.values()))
     rows = "".join(
-        f'<tr><td>{_text(name)}</td><td class="num">{shard["bytes"] / 1e6:.2f}</td>'
+        f'<tr><td>{html_text(name)}</td><td class="num">{shard["bytes"] / 1e6:.2f}</td>'
         + "".join(f'<td class="num">{_number(shard[key])}</td>' for key in COLUMNS)
         + "</tr>"
         for name, shard in figures["shards"].items()
     )
-    lines = "".join(f"<dt>{name}</dt><dd>{_text(text)}</dd>" for name, text in facts(figures))
-    told = "".join(f"<dt>note</dt><dd>{_text(text)}</dd>" for text in notes(figures))
+    lines = "".join(f"<dt>{name}</dt><dd>{html_text(text)}</dd>" for name, text in facts(figures))
+    told = "".join(f"<dt>note</dt><dd>{html_text(text)}</dd>" for text in notes(figures))
     parts = [
         f'<h2>Your text</h2><div class="scroll"><table><tr><th>shard</th>{head}</tr>{rows}</table></div>',
         f"<h2>The vocabulary on it</h2><dl>{lines}{told}</dl>",
@@ -167,7 +167,7 @@ def section(figures: dict[str, Any], png: bytes | None) -> str:
 def _commonest(items: list[dict[str, Any]]) -> str:
     most = max((item["share"] for item in items), default=1)
     rows = "".join(
-        f'<tr><td class="num soft">{item["id"]}</td><td><code>{_text(token_text(item))}</code></td>'
+        f'<tr><td class="num soft">{item["id"]}</td><td><code>{html_text(token_text(item))}</code></td>'
         f'<td class="num">{_percent(item["share"])}</td>'
         f'<td class="bar"><i style="width: {item["share"] / most:.1%}"></i></td></tr>'
         for item in items
@@ -178,7 +178,7 @@ def _commonest(items: list[dict[str, Any]]) -> str:
 
 def _longest(items: list[dict[str, Any]]) -> str:
     rows = "".join(
-        f'<tr><td class="num soft">{item["id"]}</td><td><code>{_text(token_text(item))}</code></td>'
+        f'<tr><td class="num soft">{item["id"]}</td><td><code>{html_text(token_text(item))}</code></td>'
         f'<td class="num">{item["bytes"]}</td><td class="num">{item["count"]:,}</td></tr>'
         for item in items
     )

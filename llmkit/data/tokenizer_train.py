@@ -15,7 +15,7 @@ from ..check.verb import make_console
 from ..config import TokenizerTrainConfig, UserError
 from ..run import written_beside
 from .sources import Source, documents, parse_sources
-from .tokenizer import BOS, EOS, PAD, UNK, add_bos, load_tokenizer, save_tokenizer, train_bpe, train_char
+from .tokenizer import BOS, EOS, PAD, UNK, load_tokenizer, save_tokenizer, train_tokenizer
 from .tokenizer_check import check_outputs, examine, shards_of
 from .tokenizer_report import progress
 from .vocabulary import pieces, within, without_surrogates
@@ -65,11 +65,10 @@ def main(settings: TokenizerTrainConfig) -> int:
             sources, Path(settings.data_dir), float("inf") if is_char else most or 0, lambda n: say("reading", n, most)
         )
         texts = _then(sample, lambda: say("learning merges", sum(sample.num_bytes), None))
-        tokenizer = train_char(texts, control) if is_char else train_bpe(texts, settings.vocab_size, control)
+        kind, size = settings.tokenizer_type, settings.vocab_size
+        tokenizer = train_tokenizer(kind, texts, size, settings.add_bos_token, control)
     if not sum(sample.num_bytes):
         raise UserError("datasets: no text in them; point at files or a split that has some")
-    if settings.add_bos_token:
-        add_bos(tokenizer)
     tokenizer.chat_template = template
     with written_beside(folder) as partial:
         save_tokenizer(tokenizer, partial)

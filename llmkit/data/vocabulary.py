@@ -19,16 +19,16 @@ from numpy.typing import NDArray
 
 from ..check.runner import quiet
 from ..check.spans import special_texts
-from ..check.torture import MARKED, _byte_letters, difference, first_difference, nature
+from ..check.torture import MARKED, byte_letters, difference, first_difference, nature
+from ..report.plots import rank_curve
 from .encode import Encoder
-from .shards import _core
+from .shards import encoding_core
 
 PIECE = 65_536  # characters that are encoded at once, at most 256 KB: an encoding takes about 400 bytes per token
 BATCH = 1_000_000  # characters between two counts
 EXCERPT = 400  # characters of a text that the checks look at
 A_PIECE = 4  # excerpts of a piece
 RARE = 10  # uses below which an id is called rare
-CURVE = 200  # points of a rank-frequency curve
 COMMONEST, LONGEST = 20, 10
 
 
@@ -131,7 +131,8 @@ def count_shard(
 
 def _count(shard: Shard, batch: list[str], tokenizer: Any, num_excerpts: int) -> None:
     with quiet():  # "sequence is longer than the maximum": nothing is trained on here
-        rows = [ids.tolist() for ids in Encoder(_core(tokenizer)).encode(batch) if ids is not None]  # none is longer
+        found = Encoder(encoding_core(tokenizer)).encode(batch)
+        rows = [ids.tolist() for ids in found if ids is not None]  # none is too long
         backs = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     ids = np.fromiter((i for row in rows for i in row), np.int64)
     shard.counts += np.bincount(ids, minlength=len(shard.counts))
@@ -153,7 +154,7 @@ def _count(shard: Shard, batch: list[str], tokenizer: Any, num_excerpts: int) ->
 
 def token_bytes(tokenizer: Any) -> dict[int, bytes]:
     """What each id writes; a token that is half a character is no UTF-8. Control tokens as they are spelled."""
-    letters = {letter: byte for byte, letter in _byte_letters().items()} if nature(tokenizer).kind == "bytes" else {}
+    letters = {letter: byte for byte, letter in byte_letters().items()} if nature(tokenizer).kind == "bytes" else {}
     added = set(getattr(tokenizer, "added_tokens_decoder", {}))
     found = {}
     for token, i in tokenizer.get_vocab().items():
@@ -183,17 +184,8 @@ def shard_figures(shard: Shard) -> dict[str, Any]:
         "altered_pieces": shard.num_altered,
         "unjudged_pieces": shard.num_unjudged,
         "is_cut": shard.is_cut,
-        "curve": curve(shard.counts),
+        "curve": rank_curve(shard.counts),
     }
-
-
-def curve(counts: NDArray[np.int64]) -> list[list[int]]:
-    """[rank, uses] of the ids that are used, the commonest first; at most 200 of them, evenly on a log axis."""
-    used = np.sort(counts[counts > 0])[::-1]
-    if not len(used):
-        return []
-    ranks = np.unique(np.geomspace(1, len(used), CURVE).round().astype(int))
-    return [[int(rank), int(used[rank - 1])] for rank in ranks]
 
 
 def vocabulary_figures(shards: list[Shard], tokenizer: Any) -> dict[str, Any]:
@@ -225,5 +217,5 @@ def vocabulary_figures(shards: list[Shard], tokenizer: Any) -> dict[str, Any]:
         "single_byte_share": float(counts[singles].sum() / total) if total else None,
         "commonest": [entry(i) | {"share": float(counts[i] / total)} for i in commonest],
         "longest": [entry(i) for i in longest],
-        "curve": curve(counts),
+        "curve": rank_curve(counts),
     }

@@ -43,7 +43,7 @@ def normalise(text: str) -> str:
 def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
     """The text in parts of about `size` characters, each but the first beginning at a blank or a line end.
 
-    A list of the words of a long text takes fifty times its memory; one of a part does not matter.
+    A list of the words of a long text takes 13 times its memory; one of a part does not matter.
     """
     start = 0
     while len(text) - start > size:

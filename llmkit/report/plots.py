@@ -10,6 +10,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+CURVE_POINTS = 200
+
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl; a line that a full disk cut short is left out with a warning."""
@@ -62,6 +67,18 @@ def plot_losses(folder: Path) -> Path:
     path = folder / "loss.png"
     figure.savefig(path)
     return path
+
+
+def rank_curve(counts: NDArray[np.int64]) -> list[list[int]]:
+    """[rank, uses] of the ids that are used, the commonest first; at most 200 of them, evenly on a log axis.
+
+    Takes the uses of every id: (V,).
+    """
+    used = np.sort(counts[counts > 0])[::-1]
+    if not len(used):
+        return []
+    ranks = np.unique(np.geomspace(1, len(used), CURVE_POINTS).round().astype(int))
+    return [[int(rank), int(used[rank - 1])] for rank in ranks]
 
 
 def plot_frequencies(curves: dict[str, list[list[int]]], title: str) -> bytes:

@@ -32,10 +32,11 @@ from transformers import (
 
 from .. import model as ours  # noqa: F401  registers llmkit with the Auto classes
 from ..config import PretrainConfig, UserError
+from ..data.encode import NAME
 from ..data.loader import Loader, Rows
-from ..data.shards import NAME, Store, build_store, open_store
+from ..data.shards import Store, build_store, open_store
 from ..data.sources import Source, describe, documents, source_fingerprint
-from ..data.tokenizer import add_bos, bos_id, fingerprint, load_tokenizer, save_tokenizer, train_bpe, train_char
+from ..data.tokenizer import bos_id, fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
 from ..hardware import Device
 from ..run import Run, resolve_model_dir, written_beside
 from .engines import Engine
@@ -165,12 +166,9 @@ def get_tokenizer(
     text_hash = hashlib.sha256("".join(source_fingerprint(source, data_dir) for source in sources).encode())
     folder = store_dir / f"tokenizer-{kind}-{config.packing_strategy}-{text_hash.hexdigest()[:12]}"
     if not folder.exists():
-        if config.tokenizer_type == "char":
-            tokenizer = train_char(_training_texts(sources, data_dir, math.inf))
-        else:
-            tokenizer = train_bpe(_training_texts(sources, data_dir, BPE_SAMPLE_CHARACTERS), config.vocab_size)
-        if config.packing_strategy == "bos_bestfit":
-            add_bos(tokenizer)
+        most = math.inf if config.tokenizer_type == "char" else BPE_SAMPLE_CHARACTERS
+        texts, opens_with_bos = _training_texts(sources, data_dir, most), config.packing_strategy == "bos_bestfit"
+        tokenizer = train_tokenizer(config.tokenizer_type, texts, config.vocab_size, opens_with_bos)
         with written_beside(folder, exist_ok=True) as partial:
             save_tokenizer(tokenizer, partial)
     return load_tokenizer(str(folder))

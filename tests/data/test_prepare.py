@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from llmkit.data import prepare, stages
 from llmkit.data.shards import open_store
 from llmkit.data.sources import Source, documents
 from llmkit.data.tokenizer import load_tokenizer
+from llmkit.run import Run
 
 ROOT = Path(__file__).parents[2]
 WORDS = "a cat sat on the mat while its dog ran past an old red barn and over two low hills to find some shade".split()
@@ -109,6 +111,26 @@ def test_boilerplate_condemns_nobody_and_is_listed(tmp_path):
     assert figures["boilerplate"] == ["held: held.txt"]
 
 
+def test_the_tokenizer_sees_as_much_of_each_task_with_one_file_open(tmp_path, monkeypatch):
+    """Sizes are of UTF-8: 10 bytes of the small task, so (100 - 10) / 2 of the others, up to their next document."""
+    documents = {0: ["x" * 9] * 20, 1: ["é" * 5], 2: ["x" * 10, "gone", *["y" * 10] * 20]}
+    (tmp_path / "docs").mkdir()
+    for rank, texts in documents.items():
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / f"docs/{rank:05d}.jsonl").write_text(lines)
+    fates = {rank: np.array([text == "gone" for text in documents[rank]], np.uint8) for rank in documents}
+    monkeypatch.setattr(stages, "final_fates", lambda work, plan, rank: fates[rank])
+    opened = []
+    real = stages._documents
+    monkeypatch.setattr(stages, "_documents", lambda work, rank: opened.append(rank) or real(work, rank))
+    plan = SimpleNamespace(train_tasks=[0, 1, 2])
+    seen = [(opened[-1], text) for text in stages.training_texts(str(tmp_path), plan, 100)]
+    assert seen == [(1, "é" * 5), *[(0, "x" * 9)] * 5, (2, "x" * 10), *[(2, "y" * 10)] * 4]
+    assert opened == [1, 0, 2]
+    everything = list(stages.training_texts(str(tmp_path), plan, 1 << 62))
+    assert len(everything) == 20 + 1 + 21
+
+
 def test_filters_are_off_unless_asked_for_and_named_with_their_rule(tmp_path):
     prose = (
         "Number {} of the keepers walked down to the harbour that day and found the boats gone. The rope lay in two "
@@ -153,10 +175,8 @@ def test_every_drop_is_counted_with_its_share_and_ten_examples(tmp_path):
 
 def test_figures_of_the_text_by_hand(tmp_path):
     texts = ["Ab 1\nsame line", "Жя.\nsame line", "漢"]
-    (tmp_path / "held.txt").write_text("x")
     figures = prepare.main(corpus(tmp_path, texts))
     assert figures["lines"] == [["same line", 2]]
-    shares = {name: round(share * 31) for name, share in figures["scripts"].items()}
     total = {
         "Latin": 2 + 8 + 8,
         "white space": 2 + 1 + 2,
@@ -165,7 +185,7 @@ def test_figures_of_the_text_by_hand(tmp_path):
         "punctuation and symbols": 1,
         "Cjk": 1,
     }
-    assert sum(total.values()) == 28 and shares == {name: round(n / 28 * 31) for name, n in total.items()}
+    assert {name: share * 28 for name, share in figures["scripts"].items()} == pytest.approx(total)
     (source,) = figures["sources"]
     assert (source["rows"], source["characters"], source["bytes"]) == (3, 28, 14 + 15 + 3)
 
@@ -232,7 +252,7 @@ def test_a_bad_row_stops_or_is_counted(tmp_path, row, message):
     assert str(error.value).startswith(message) and "max_bad_rows=0" in str(error.value)
     assert not list((tmp_path / "corpus").glob("*/tokens.ds")) and not (tmp_path / "corpus/result.json").exists()
     figures = prepare.main(DataConfig(**vars(config) | {"max_bad_rows": 1}))
-    assert [r["count"] for r in figures["reasons"] if r["fate"] == "bad"] == [1]
+    assert [(r["count"], r["bytes"]) for r in figures["reasons"] if r["fate"] == "bad"] == [(1, None)]
     assert stored(tmp_path / "corpus") == [sentence(0), sentence(1), sentence(3)]
 
 
@@ -257,6 +277,10 @@ WRONG = {
     "threshold": ({"near_dedup_threshold": 0.5}, "near_dedup_threshold=0.5; allowed: 0.7 to 1"),
     "test size": ({"test_split_size": 1.5}, "test_split_size=1.5"),
     "store name": ({"eval_datasets": [{"path": "train.jsonl", "shard": "train"}]}, "the store name 'train' is taken"),
+    "shard of a training entry": (
+        {"datasets": [{"path": "train.jsonl", "shard": "a"}]},
+        "datasets[0]: shard='a' has no effect without `fraction`",
+    ),
     "engine": ({"engine": "slurm"}, "engine: slurm needs engine_kwargs: {partition"),
     "unused benchmark": (
         {"decontaminate": False, "benchmark_datasets": [{"path": "train.jsonl"}]},
@@ -290,6 +314,13 @@ def test_a_tokenizer_without_eos_is_one_line(tmp_path, letters):
         prepare.main(corpus(tmp_path, [sentence(1)], tokenizer_name=str(folder)))
 
 
+def test_a_character_that_the_tokenizer_lacks_names_its_source(tmp_path, letters):
+    letters.save_pretrained(tmp_path / "tokenizer")
+    config = corpus(tmp_path, ["a cat", "a cat!"], tokenizer_name=str(tmp_path / "tokenizer"))
+    with pytest.raises(UserError, match=r"^json train.jsonl train: character '!' at position 5"):
+        prepare.main(config)
+
+
 def test_a_full_disk_leaves_no_store_and_the_run_goes_on_later(tmp_path, monkeypatch, capsys):
     config = corpus(tmp_path, [sentence(i) for i in range(30)])
 
@@ -314,6 +345,18 @@ def test_a_changed_recipe_or_text_starts_afresh(tmp_path, monkeypatch, capsys):
     prepare.main(corpus(tmp_path, [sentence(i) for i in range(10, 30)]))
     assert "an unfinished run of another recipe or text" in " ".join(capsys.readouterr().out.split())
     assert stored(tmp_path / "corpus") == [sentence(i) for i in range(10, 30)]
+
+
+def test_the_work_of_a_run_that_is_still_going_is_left_alone(tmp_path):
+    config = corpus(tmp_path, [sentence(i) for i in range(9)])
+    run = Run.start(tmp_path / "corpus", "data", config, {})
+    (tmp_path / "corpus/work/another").mkdir(parents=True)
+    with pytest.raises(UserError, match="another run is writing there"):
+        prepare.main(config)
+    assert (tmp_path / "corpus/work/another").is_dir()
+    run.unlock()
+    prepare.main(config)
+    assert not (tmp_path / "corpus/work").exists()
 
 
 def test_a_finished_corpus_is_never_overwritten(tmp_path):
@@ -355,8 +398,9 @@ def test_a_killed_worker_or_an_interrupt_ends_the_run_with_one_line(tmp_path, nu
     path.write_text(yaml.safe_dump({k: v for k, v in vars(config).items() if v != getattr(DataConfig(), k)}))
     script = tmp_path / "slow.py"  # workers that never come to an end
     script.write_text(
-        "import sys, time\nfrom llmkit import cli\nfrom llmkit.data import stages, prepare\n"
-        f"def slow(*args):\n    open({str(tmp_path / 'pid')!r}, 'w').write(str(__import__('os').getpid()))\n"
+        "import signal, sys, time\nfrom llmkit import cli\nfrom llmkit.data import stages, prepare\n"
+        + "signal.signal(signal.SIGINT, signal.SIG_IGN)\n" * (number == signal.SIGKILL)  # as `command &` has it
+        + f"def slow(*args):\n    open({str(tmp_path / 'pid')!r}, 'w').write(str(__import__('os').getpid()))\n"
         "    time.sleep(100)\n"
         "prepare.make_stages = lambda plan, work: [stages.Stage('slow', [slow], 2)]\n"
         f"if __name__ == '__main__':\n    sys.exit(cli.main(['data', {str(path)!r}]))\n"

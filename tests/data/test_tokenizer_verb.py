@@ -18,8 +18,8 @@ from llmkit.data.sources import Source
 from llmkit.data.tokenizer import load_tokenizer, save_tokenizer, train_bpe, train_char
 from llmkit.data.tokenizer_report import notes, token_text
 from llmkit.data.tokenizer_train import Sample
-from llmkit.data.vocabulary import count_shard, curve, pieces, shard_figures, vocabulary_figures, within
-from llmkit.report.plots import plot_frequencies
+from llmkit.data.vocabulary import count_shard, pieces, shard_figures, vocabulary_figures, within
+from llmkit.report.plots import plot_frequencies, rank_curve
 
 DATA = Path(os.environ.get("DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
 TEXT = "The cat sat.\n\n  It's 1234 o'clock; the dog ran\r\nafter it.\n\tEnd   \n" * 40
@@ -108,7 +108,7 @@ def test_text_that_looks_like_a_control_token_stays_text(letters_of_bytes):
 
 
 def test_a_curve_keeps_its_ends_and_at_most_200_points():
-    found = curve(np.arange(5000))
+    found = rank_curve(np.arange(5000))
     assert found[0] == [1, 4999] and found[-1] == [4999, 1] and len(found) <= 200
     assert all(uses == 5000 - rank for rank, uses in found)
 

@@ -1,6 +1,6 @@
 """Engines: two gloo processes give what one gives, and resume from each other's checkpoints.
 
-python -m pytest tests/train/test_engines.py            (each launch takes about ten seconds)
+python -m pytest tests/train/test_engines.py            (each launch takes about ten seconds; warm_ranks.py saves them)
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from helpers import tiny_model
 from safetensors.torch import load_file
 from test_pretrain import RECIPE, ROOT, metrics, run
+from warm_ranks import WarmRanks
 
 from llmkit import launch
 from llmkit.config import PretrainConfig, UserError, read_recipe
@@ -50,6 +51,10 @@ def two(folder: Path, engine: str, **keys) -> subprocess.CompletedProcess:
     )
 
 
+def engine_variables(engine: str) -> dict[str, str]:
+    return launch.engine_environment(read_recipe(launch.find_config("cpu" if engine == "ddp" else engine)))
+
+
 def ranks(recipe: str) -> list[int]:
     """Process ids of the training processes, without the command and torchrun that started them."""
     found = []
@@ -77,9 +82,19 @@ def one(request, tmp_path_factory) -> tuple[str, Path]:
     return request.param, folder
 
 
+@pytest.fixture(scope="module")
+def warm():
+    found = WarmRanks(environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    yield found
+    found.close()
+
+
+LAUNCHED = [pytest.param(e, True, marks=[pytest.mark.slow] * (e != "zero3")) for e in ENGINES]
+
+
 @pytest.mark.medium
-@pytest.mark.parametrize("engine", ENGINES)
-def test_one_process_then_two_then_one_equals_one_process(engine, one, tmp_path):
+@pytest.mark.parametrize("engine, is_launched", [*((engine, False) for engine in ENGINES), *LAUNCHED])
+def test_one_process_then_two_then_one_equals_one_process(engine, is_launched, one, warm, tmp_path):
     """Steps 1-4 alone, 5-8 on two processes, 9-12 alone again. Measured: losses 1e-6, weights 4e-5 (Muon 5e-5)."""
     optim, folder = one
     if optim == "muon" and engine.startswith("zero"):
@@ -90,9 +105,15 @@ def test_one_process_then_two_then_one_equals_one_process(engine, one, tmp_path)
     for step in (8, 12):
         shutil.rmtree(ours / f"checkpoints/step-{step:08d}")
     (ours / "result.json").unlink()
-    done = two(tmp_path, engine, resume_from_checkpoint=True, max_steps=8, optim=optim)
-    assert done.returncode == 0 and not done.stderr, done.stderr[-3000:]
-    assert "resume    " in done.stdout and f"2 processes ({engine})" in done.stdout
+    keys = {"resume_from_checkpoint": True, "max_steps": 8, "optim": optim}
+    if is_launched:
+        done = two(tmp_path, engine, **keys)
+        code, out, err = done.returncode, done.stdout, done.stderr
+    else:
+        words = command(tmp_path, engine, **keys)
+        code, out, err = warm.run(engine_variables(engine), words[words.index("pretrain") :])
+    assert code == 0 and not err, err[-3000:]
+    assert "resume    " in out and f"2 processes ({engine})" in out
     manifest = json.loads((ours / "manifest.json").read_text())
     assert (manifest["engine"], manifest["num_processes"]) == (engine, 2)
     names = {path: sorted(p.name for p in (path / "model").iterdir()) for path in (ours, folder / "run")}
@@ -103,20 +124,15 @@ def test_one_process_then_two_then_one_equals_one_process(engine, one, tmp_path)
 
 @pytest.mark.medium
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_engine_clips_judges_and_skips_as_one_process_does(engine):
+def test_an_engine_clips_judges_and_skips_as_one_process_does(engine, warm):
     """On the ranks: gradient norms, a skipped step that changes nothing, a gradient that is not finite."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    said = launch.engine_environment(read_recipe(launch.find_config("cpu" if engine == "ddp" else engine)))
-    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    done = subprocess.run(
-        [*launcher, str(RANKS), engine], capture_output=True, text=True, env=environment() | said | paths, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("ok") == 2
+    code, out, err = warm.run(engine_variables(engine), [str(RANKS), engine])
+    assert code == 0, err[-3000:]
+    assert out.count("ok") == 2
 
 
 @pytest.mark.medium
-def test_a_killed_rank_ends_the_run_with_one_line_and_the_run_resumes(tmp_path):
+def test_a_killed_rank_ends_the_run_with_one_line_and_the_run_resumes(warm, tmp_path):
     start = command(tmp_path, "ddp", max_steps=3000, save_steps=10)
     process = subprocess.Popen(
         start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
@@ -131,8 +147,9 @@ def test_a_killed_rank_ends_the_run_with_one_line_and_the_run_resumes(tmp_path):
     newest = max(folder.glob("checkpoints/step-*"))
     assert damage(newest) is None
     step = int(newest.name[-8:])
-    done = two(tmp_path, "ddp", max_steps=step + 2, resume_from_checkpoint=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = command(tmp_path, "ddp", max_steps=step + 2, resume_from_checkpoint=True)
+    code, _, err = warm.run(engine_variables("ddp"), words[words.index("pretrain") :])
+    assert code == 0, err[-3000:]
     assert [row["step"] for row in metrics(folder) if "loss" in row] == list(range(1, step + 3))
 
 
