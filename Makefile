@@ -7,7 +7,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_DISABLE_TELEMETRY := 1
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: help setup setup-all tokenizer-toy check-toy inspect-toy check-report data-toy data-medium pretrain-toy generate-toy export-toy pretrain-shakespeare-char adapt-lora clean-toy lint format test test-fast test-all
+.PHONY: help setup setup-all tokenizer-toy check-toy inspect-toy check-report data-toy data-medium pretrain-toy sft-toy overfit-toy generate-toy export-toy pretrain-shakespeare-char adapt-lora clean-toy lint format test test-fast test-all
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -68,6 +68,15 @@ data-medium: $(VENV)/data  ## a few hundred megabytes of Python: clean, deduplic
 
 pretrain-toy: $(VENV)/core  ## train a GPT on the toy world: minutes on two CPU cores, known true entropy
 	$(BIN)/llmkit pretrain recipes/toy/pretrain.yaml
+
+sft-toy: $(VENV)/all runs/toy/pretrain/model  ## tune the toy model on instructions, then ask it 2,100 questions it never saw
+	$(BIN)/llmkit sft recipes/toy/sft.yaml
+
+overfit-toy: $(VENV)/all runs/toy/pretrain/model  ## before that: 1,000 answers must be learnt by heart
+	$(BIN)/llmkit sft recipes/toy/sft.yaml --overfit 1000
+
+runs/toy/pretrain/model:
+	$(MAKE) pretrain-toy
 
 generate-toy: $(VENV)/core  ## let the toy model write a document
 	$(BIN)/llmkit generate --model_name_or_path runs/toy/pretrain

@@ -67,6 +67,9 @@ class PretrainConfig:
     """Train a causal LM: ours, any `model_type` from a config, or an existing checkpoint (full or LoRA)."""
 
     output_dir: str = required("run folder; must not hold another run")
+    overfit: int | None = option(
+        None, "first of all: train on so many rows only, to no loss, and see every document come back word for word"
+    )
     # model
     model_type: str = option("llmkit", "architecture to build from scratch: llmkit, qwen3, gpt2, ...")
     config_overrides: dict = option({}, "fields of that architecture's config, e.g. {hidden_size: 128}")

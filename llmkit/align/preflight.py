@@ -17,9 +17,10 @@ from ..config import SftConfig
 from ..data.chat import Bad, load_rows
 from ..data.sources import parse_sources
 from ..run import check_output_dir, quiet_libraries, resolve_model_dir
+from ..train.overfit import for_overfit
 from .build import check_config, get_tokenizer, model_config
 from .rows import Labeller, has_chats
-from .sft import for_overfit, prepare
+from .sft import prepare
 
 ROWS = 400  # handed over raw
 

@@ -45,14 +45,13 @@ from ..run import (
 from ..train.build import VOLATILE, flops_per_token
 from ..train.checkpoint import Checkpoint, check_same, clear_the_way, find_checkpoint
 from ..train.engines import engine_kind
+from ..train.overfit import LEARNT, for_overfit, verdict
 from .build import Template, check_config, get_model, get_tokenizer, load_model, trl_arguments
 from .lora import is_quantized, train_in_float32
 from .rows import Data, Labeller, PackedCollator, bad_note, get_data, has_chats, pack
 from .save import save_model
 from .trainer import ByToken
 from .watch import Watch
-
-OVERFIT_EPOCHS = 100  # at most, where the recipe gives no max_steps
 
 
 @dataclasses.dataclass
@@ -107,22 +106,6 @@ def make_console() -> Console:
     if not console.is_terminal:
         console.width = 120  # a log file: room for the table
     return console
-
-
-def for_overfit(config: SftConfig) -> SftConfig:
-    """The recipe as `--overfit` trains it: a folder of its own, no dropout, many passes, nothing held out."""
-    if not config.overfit:
-        return config
-    folder = Path(f"{config.output_dir}-overfit")
-    with contextlib.suppress(OSError, ValueError):
-        if json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("overfit"):
-            shutil.rmtree(folder)  # of an earlier trial: nothing that anybody keeps
-    return dataclasses.replace(
-        config, output_dir=str(folder), lora_dropout=0.0, lr_scheduler_type="linear", lr_scheduler_kwargs={},
-        num_train_epochs=config.num_train_epochs if config.max_steps else OVERFIT_EPOCHS,
-        eval_datasets=[], test_split_size=0.0, eval_steps=None, eval_on_start=False, eval_answers=0, save_steps=None,
-        save_total_limit=None, max_new_tokens=config.max_length,
-    )  # fmt: skip
 
 
 def prepare(config: SftConfig, console: Console, started: float = 0.0) -> Job:
@@ -311,7 +294,7 @@ def _finish(job: Job, run: Run, model_dir: Path) -> Result:
         scores = {name: _answers(job, rows, name) for name, rows in asked.items()}
     job.trainer.accelerator.wait_for_everyone()
     status = "ok"
-    if job.config.overfit and scores and scores["overfit"].exact_match < 0.99:
+    if job.config.overfit and scores and scores["overfit"].exact_match < LEARNT:
         status = "failed"
     result = _result(job, run, status, shards, scores, model_dir)
     if not run.is_main:
@@ -367,14 +350,7 @@ def _say_overfit(job: Job, score: AnswerScore) -> None:
     for answer in [answer for answer in score.answers if not answer.is_exact][:3]:
         say(f"expected  {json.dumps(answer.expected[:200], ensure_ascii=False)}", markup=False)
         say(f"    came  {json.dumps(answer.given[:200], ensure_ascii=False)}", markup=False)
-    loss = next((row["loss"] for row in reversed(job.trainer.state.log_history) if "loss" in row), float("nan"))
-    if score.exact_match >= 0.99:
-        say(f"overfit   learnt by heart (loss {loss:.4f}): rows, masks, template and model fit together; now train")
-    else:
-        say(
-            f"overfit   NOT learnt by heart (loss {loss:.4f}): raise max_steps or learning_rate; if the loss is near 0 "
-            f"and answers still differ, look at them: {job.config.output_dir}/answers_overfit.jsonl"
-        )
+    say(verdict(score.exact_match, "rows, masks, template and model"))
 
 
 def _result(

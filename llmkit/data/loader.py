@@ -10,6 +10,8 @@ A batch holds input_ids and shift_labels, (B, T) int64: shift_labels[t] is the t
 nothing is learnt (padding, and the BOS that opens the next document). Leaves out the device.
 """
 
+import copy
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,6 +77,15 @@ class Rows:
     def num_rows(self) -> int:
         """contiguous leaves room for a shift: less than two contexts of every epoch are not seen in that epoch."""
         return self.plan.num_rows if self.plan else (self.store.num_tokens - self.context) // self.context
+
+    def first(self, count: int) -> "Rows":
+        """The first rows only."""
+        few = copy.copy(self)
+        if self.plan is not None:
+            few.plan = dataclasses.replace(self.plan, rows=self.plan.rows[: count + 1])
+        else:
+            few.store = dataclasses.replace(self.store, tokens=self.store.tokens[: (count + 1) * self.context])
+        return few
 
     def assemble(self, indices: NDArray[np.int64], shift: int = 0) -> dict[str, NDArray[np.int64]]:
         """input_ids, shift_labels, position_ids (B, T) and document (B, T), the document a label belongs to, or -1."""

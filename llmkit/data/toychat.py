@@ -58,6 +58,7 @@ ABOUT_STORY = {
     "mood": ("How did {hero} feel when the {thing} was gone?", "very {mood}", "{hero} was very {mood}."),
     "weather": ("What was the day like?", "{weather}", "It was a {weather} day."),
 }
+NAMED = ("colour", "thing", "place", "friend", "spot")  # topics whose question names the hero or the thing
 PARTS = re.compile(
     r"(?P<hero>\w+) had a (?P<colour>\w+) (?P<thing>\w+)\. One (?P<weather>\w+) day .* went to (?P<place>the \w+), .*?"
     r"(?:met (?P<met>\w+),|\. (?P<there>\w+) was there too).*? was very (?P<mood>\w+)\..* found it "
@@ -107,21 +108,41 @@ def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def about_story(rng: random.Random) -> Question:
+def _absent(parts: dict[str, str], rng: random.Random) -> dict[str, str]:
+    """Somebody and something that the story does not have; "under a boat" tells of a boat."""
+    return parts | {
+        "thing": _other(rng, "thing", parts["thing"], parts["spot"].split()[-1]),
+        "hero": _other(rng, "hero", parts["hero"], parts["friend"]),
+    }
+
+
+def _on_story(kind: str, rng: random.Random, num_turns: int, is_told: bool = True, system: str = "") -> Question:
+    """A story and so many questions on it; the last one is `is_told` or not, of the others one in four is not."""
     text, parts, key = _story(rng)
-    question, answer, wrong, sentence = _ask(parts, rng.choice(list(ABOUT_STORY)), rng)
-    return Question("story", key, [_user(f"{text} {question}")], answer, wrong, sentence)
+    messages = [{"role": "system", "content": system}] if system else []
+    form = SYSTEMS.get(system, "{answer}")
+    for turn in range(num_turns):
+        is_last = turn == num_turns - 1
+        is_known = is_told if is_last else rng.random() < 0.75
+        topic = rng.choice(list(ABOUT_STORY) if is_known else NAMED)
+        question, answer, wrong, sentence = _ask(parts if is_known else _absent(parts, rng), topic, rng)
+        said = form.format(answer=answer, sentence=sentence, friend=parts["friend"]) if is_known else UNKNOWN
+        messages.append(_user(question if turn else f"{text} {question}"))
+        if not is_last:
+            messages.append({"role": "assistant", "content": said})
+    if not is_known:
+        wrong = answer  # an invention
+    elif system:
+        wrong = answer if answer != said else sentence  # in another form than was asked for
+    return Question(kind, key, messages, said, wrong, sentence)
+
+
+def about_story(rng: random.Random) -> Question:
+    return _on_story("story", rng, num_turns=1)
 
 
 def in_turns(rng: random.Random) -> Question:
-    """The second question says "it" and "they": what is meant was said before."""
-    text, parts, key = _story(rng)
-    first, then = rng.sample(("colour", "friend", "spot"), 2)
-    question, answer, _, _ = _ask(parts, first, rng)
-    _, second, wrong, sentence = _ask(parts, then, rng)
-    short = {"colour": "And what colour was it?", "friend": "And who found it?", "spot": "And where was it found?"}
-    messages = [_user(f"{text} {question}"), {"role": "assistant", "content": answer}, _user(short[then])]
-    return Question("turns", key, messages, second, wrong, sentence)
+    return _on_story("turns", rng, num_turns=rng.choice((2, 3, 4)))
 
 
 SYSTEMS = {
@@ -132,24 +153,12 @@ SYSTEMS = {
 
 
 def with_system(rng: random.Random) -> Question:
-    text, parts, key = _story(rng)
-    question, answer, wrong, sentence = _ask(parts, rng.choice(list(ABOUT_STORY)), rng)
-    system, form = rng.choice(list(SYSTEMS.items()))
-    full = form.format(answer=answer, sentence=sentence, friend=parts["friend"])
-    messages = [{"role": "system", "content": system}, _user(f"{text} {question}")]
-    return Question("system", key, messages, full, answer if answer != full else wrong, sentence)
+    return _on_story("system", rng, rng.choice((1, 2, 3)), system=rng.choice(list(SYSTEMS)))
 
 
 def unknown_in_story(rng: random.Random) -> Question:
     """The same questions, about somebody or something that the story does not have."""
-    text, parts, key = _story(rng)
-    topic = rng.choice(("colour", "thing", "place", "friend", "spot"))
-    absent = parts | {
-        "thing": _other(rng, "thing", parts["thing"], parts["spot"].split()[-1]),  # "under a boat" tells of a boat
-        "hero": _other(rng, "hero", parts["hero"], parts["friend"]),
-    }
-    question, invented, _, sentence = _ask(absent, topic, rng)
-    return Question("unknown", key, [_user(f"{text} {question}")], UNKNOWN, invented, sentence)
+    return _on_story("unknown", rng, rng.choice((1, 2, 3)), is_told=False)
 
 
 # ---- towns
@@ -217,24 +226,27 @@ def unknown(rng: random.Random) -> Question:
 
 
 def sums(rng: random.Random) -> Question:
-    """One or two steps between 0 and the largest number; the numbers are the key, whoever has whatever fruit."""
+    """One or two steps between 0 and the largest number, answered as pretraining counts: step by step.
+
+    The numbers are the key, whoever has whatever fruit.
+    """
     hero, (_, she, _) = rng.choice(WORLD.people)
     fruit, count, steps = rng.choice(WORLD.foods), rng.randint(0, WORLD.largest_number), rng.choice((1, 2))
-    text, numbers, totals = f"{hero} has {count} {fruit}.", [count], []
+    text, numbers, said = f"{hero} has {count} {fruit}.", [count], []
     for _ in range(steps):
         change = rng.choice([d for d in range(-9, 10) if d and 0 <= count + d <= WORLD.largest_number])
         verb = rng.choice(("gets", "finds") if change > 0 else ("eats", "sells"))
-        text += f" Then {she} {verb} {abs(change)}{' more' if change > 0 else ''}."
+        step = f"Then {she} {verb} {abs(change)}{' more' if change > 0 else ''}"
+        text += f" {step}."
         count += change
         numbers.append(change)
-        totals.append(count)
-    answer = str(count) if steps == 1 else f"first {totals[0]}, then {totals[1]}"
-    wrong = answer.removesuffix(str(count)) + str(
-        rng.choice([n for n in range(WORLD.largest_number + 1) if n != count])
-    )
-    sentence = f"Now {hero} has {count} {fruit}."
+        said.append(f"{step}, so now {she} has {count}.")
+    answer = " ".join(said)
+    other = rng.choice([n for n in range(WORLD.largest_number + 1) if n != count])
+    wrong = answer.removesuffix(f"{count}.") + f"{other}."
     key = "sum " + " ".join(map(str, numbers))
-    return Question("sums", key, [_user(f"{text} How many are there now?")], answer, wrong, sentence)
+    question = f"{text} How many does {she} have now?"
+    return Question("sums", key, [_user(question)], answer, wrong, f"Now {hero} has {count} {fruit}.")
 
 
 SYLLABLES = "ba de fi go ha ka lo mi ne pa ra se ti vo wa".split()
@@ -257,7 +269,7 @@ def spelling(rng: random.Random) -> Question:
 
 # kind, of 20 rows
 KINDS: list[tuple[Callable[[random.Random], Question], int]] = [
-    (about_story, 6), (about_town, 3), (sums, 4), (spelling, 2), (in_turns, 2), (with_system, 1), (unknown, 2),
+    (about_story, 3), (about_town, 2), (sums, 4), (spelling, 3), (in_turns, 3), (with_system, 2), (unknown, 3),
 ]  # fmt: skip
 
 

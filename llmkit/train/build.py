@@ -67,7 +67,7 @@ class Job:
 BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
     (
         "max_length per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps "
-        "eval_steps save_steps save_total_limit sample_max_new_tokens ngram_order lora_r lora_alpha",
+        "eval_steps save_steps save_total_limit sample_max_new_tokens ngram_order lora_r lora_alpha overfit",
         lambda v: v >= 1,
         "1 or more",
     ),
@@ -109,6 +109,8 @@ def check_config(config: PretrainConfig) -> None:
         raise UserError(
             "datasets is missing; name training data, e.g. datasets: [{path: text, data_files: corpus.txt}]"
         )
+    if config.overfit and len(config.datasets) > 1:
+        raise UserError(f"overfit={config.overfit} takes rows of one training source; give one entry of datasets")
     if config.ngram_order and len(config.datasets) > 1:
         raise UserError(f"ngram_order={config.ngram_order} counts one training source; set it to null for a mixture")
     for keys, is_allowed, allowed in BOUNDS:

@@ -254,7 +254,7 @@ class PretrainTraining:
             raise NotApplicable("no eval_datasets given")
         name, rows = next(iter(self.shards.items()))
         eos, isolate = self.tokenizer.eos_token_id, _isolate(self.config)
-        score = score_rows(model, _first(rows, num_rows), batch_size, eos, isolate=isolate)
+        score = score_rows(model, rows.first(num_rows), batch_size, eos, isolate=isolate)
         if batches is not None:
             batches.append((score.loss, score.num_tokens, score.num_tokens))
         return {f"eval_{name}_loss": score.loss}
@@ -272,13 +272,3 @@ def _read_losses(folder: Path, trace: Trace) -> None:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for step, row in zip(trace.steps, [row for row in rows if "loss" in row], strict=True):
         step.loss = row["loss"]
-
-
-def _first(rows: Rows, count: int) -> Rows:
-    """The first rows of a shard only."""
-    few = copy.copy(rows)
-    if rows.plan is not None:
-        few.plan = dataclasses.replace(rows.plan, rows=rows.plan.rows[: count + 1])
-    else:
-        few.store = dataclasses.replace(rows.store, tokens=rows.store.tokens[: count * rows.context + 1])
-    return few

@@ -60,6 +60,7 @@ from .checkpoint import (
 from .engines import check_engine, engine_kind, start_accelerator, start_engine
 from .monitor import Monitor, NotFinite, first_not_finite
 from .optim import lr_factor, planned_rates, set_learning_rate
+from .overfit import for_overfit, judge_overfit
 from .watch import evaluate, progress_bar, say_progress, start_tracker, track
 
 # in the errors of gloo and NCCL when a process at the other end is gone
@@ -70,6 +71,7 @@ def main(config: PretrainConfig) -> Result:
     """Checks the inputs, prepares data and model, trains, writes the run folder. Raises UserError."""
     started = time.perf_counter()
     check_config(config)
+    config = for_overfit(config)
     kind = engine_kind()
     check_engine(kind, config)
     quiet_libraries()
@@ -98,6 +100,8 @@ def main(config: PretrainConfig) -> Result:
     with accelerator.main_process_first():
         train_rows, shards = get_rows(config, sources, eval_sources, tokenizer, console)
 
+    if config.overfit:
+        train_rows = [train_rows[0].first(config.overfit)]
     rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     data_seed = config.seed if config.data_seed is None else config.data_seed
     fractions: Any = [source.fraction for source in sources] if sources[0].fraction else None
@@ -143,6 +147,8 @@ def main(config: PretrainConfig) -> Result:
             _say_resume(console, checkpoint, changed)
         set_seed(config.seed + accelerator.process_index)  # every rank drops out other activations
         result = fit(job, checkpoint)
+        if config.overfit and result.status == "ok":
+            result = judge_overfit(job, train_rows[0], result)
         accelerator.wait_for_everyone()
         if accelerator.num_processes > 1:
             # gloo's thread needs the GIL to drop that barrier, and DDP's destructor joins the thread without giving it

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.medium
 def base(tmp_path_factory) -> Path:
     """A model folder without chat template, whose tokenizer has the tokens of ChatML."""
     folder = tmp_path_factory.mktemp("base")
-    tiny.llama().save_pretrained(folder)
+    tiny.llama(eos_token_id=2).save_pretrained(folder)
     tiny.bpe_tokenizer(chat=False).save_pretrained(folder)
     return folder
 
