@@ -445,7 +445,8 @@ def test_a_loader_that_raises_or_is_empty_is_told_in_a_line(tmp_path):
 @pytest.mark.medium
 def test_a_commands_sft_trainer(tmp_path, capfd):
     """`llmkit inspect -- CMD`: the answers are trained up to their end of turn, and nothing else is."""
-    lines = f"import sys; sys.path.insert(0, {TESTS!r}); import tiny; print('noise')"
+    lines = f"import sys, tempfile; sys.path.insert(0, {TESTS!r}); tempfile.tempdir = {str(tmp_path)!r}\n"
+    lines += "import tiny; print('noise')"
     path = tmp_path / "sft.py"
     path.write_text(lines + "\ntiny.sft_trainer(assistant_only_loss=True).train()\nopen('trained', 'w')\n")
     out, html = tmp_path / "out.json", tmp_path / "out.html"
