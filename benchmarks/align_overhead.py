@@ -3,7 +3,8 @@
     python benchmarks/align_overhead.py --model_name_or_path runs/toy/pretrain --rounds 5
 
 Both train the same rows in the same batches; the losses must be equal. Counted is the time of `train()` alone, so that
-reading rows and loading libraries is not. Prints the median of the ratios of neighbouring runs.
+reading rows and loading libraries is not. Prints the median of the ratios of neighbouring runs. With --packing rows are
+packed, where TRL's batches are made for flash attention.
 """
 
 import argparse
@@ -19,7 +20,7 @@ KEYS = {"max_length": 256, "per_device_train_batch_size": 8, "learning_rate": 3e
 ROWS = 4000
 
 
-def bare(model_dir: str, steps: int, out: Path) -> None:
+def bare(model_dir: str, steps: int, packing: bool, out: Path) -> None:
     """The script that a user of TRL writes; labels and template are TRL's own work."""
     import torch
     from datasets import Dataset
@@ -36,7 +37,7 @@ def bare(model_dir: str, steps: int, out: Path) -> None:
     rows = [{"messages": row["messages"]} for row in toychat.rows("instructions", "train", 0, ROWS)]
     args = SFTConfig(
         output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
-        disable_tqdm=True, save_strategy="no", assistant_only_loss=True, packing=True, max_steps=steps, seed=0,
+        disable_tqdm=True, save_strategy="no", assistant_only_loss=True, packing=packing, max_steps=steps, seed=0,
         lr_scheduler_type="linear", **KEYS,
     )  # fmt: skip
     trainer = SFTTrainer(
@@ -54,10 +55,10 @@ def bare(model_dir: str, steps: int, out: Path) -> None:
     out.write_text(json.dumps(told))
 
 
-def ours(model_dir: str, steps: int, folder: Path) -> dict:
+def ours(model_dir: str, steps: int, packing: bool, folder: Path) -> dict:
     words = {key: str(value) for key, value in KEYS.items()} | {
-        "output_dir": str(folder), "model_name_or_path": model_dir, "max_steps": str(steps), "packing": "true",
-        "warmup_steps": "0", "use_cpu": "true", "skip_checks": "true", "weight_decay": "0",
+        "output_dir": str(folder), "model_name_or_path": model_dir, "max_steps": str(steps),
+        "packing": str(packing).lower(), "warmup_steps": "0", "use_cpu": "true", "skip_checks": "true", "weight_decay": "0",
         "datasets": f"[{{path: builtin/toyworld, name: instructions, split: 'train[:{ROWS}]'}}]",
     }  # fmt: skip
     flags = [f"--{key}={value}" for key, value in words.items()]
@@ -67,8 +68,9 @@ def ours(model_dir: str, steps: int, folder: Path) -> dict:
     return {"seconds": seconds, "losses": [row["loss"] for row in rows if "loss" in row]}
 
 
-def theirs(model_dir: str, steps: int, out: Path) -> dict:
+def theirs(model_dir: str, steps: int, packing: bool, out: Path) -> dict:
     command = [sys.executable, __file__, "--bare", str(out), "--model_name_or_path", model_dir, "--steps", str(steps)]
+    command += ["--packing"] * packing
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return json.loads(out.read_text())
 
@@ -78,19 +80,20 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", default="runs/toy/pretrain/model")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--packing", action="store_true")
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     path = options.model_name_or_path
     path = str(Path(path) / "model") if (Path(path) / "model").is_dir() else path
     if options.bare:
-        bare(path, options.steps, Path(options.bare))
+        bare(path, options.steps, options.packing, Path(options.bare))
         return
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
         for k in range(options.rounds):
-            a = theirs(path, options.steps, Path(folder) / f"{k}.json")
-            b = ours(path, options.steps, Path(folder) / str(k))
+            a = theirs(path, options.steps, options.packing, Path(folder) / f"{k}.json")
+            b = ours(path, options.steps, options.packing, Path(folder) / str(k))
             far = max(abs(x - y) for x, y in zip(a["losses"], b["losses"], strict=True))
             ratios.append(b["seconds"] / a["seconds"])
             print(

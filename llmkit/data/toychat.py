@@ -6,8 +6,8 @@ Owns the splits of `builtin/toyworld` that later stages train and are measured o
 
 A row is a pure function of (name, split, index, seed). Every question has a key: what is asked about, not how. The hash
 of the key decides the share it belongs to, and a share belongs to one training set or to one evaluation split, so that
-what a stage is measured on no stage has trained on. The 60 facts of the towns are too few to hold any back, and a
-pretrained model knows them: of those the wording decides, and every fact is asked in training too.
+what a stage is measured on no stage has trained on, nor a step of it (`parts`). The 60 facts of the towns are too few
+to hold any back, and a pretrained model knows them: there the wording decides, and every fact is asked in training.
 Leaves out judging by taste: an answer is right word for word, or wrong.
 """
 
@@ -22,13 +22,14 @@ from .toyworld import TOPICS, WORLD, Tape, story
 NAMES = ("instructions", "preferences", "prompts")
 SPLITS = ("train", "validation", "test")
 # of 20 shares; validation and test are the same questions whatever the name
-SHARES = {("instructions", "train"): range(0, 10), ("preferences", "train"): range(10, 13)}
-SHARES |= {("prompts", "train"): range(13, 16)}
+SHARES = {("instructions", "train"): range(0, 12), ("preferences", "train"): range(12, 14)}
+SHARES |= {("prompts", "train"): range(14, 16)}
 SHARES |= {
     (name, split): span
     for name in NAMES
     for split, span in zip(SPLITS[1:], (range(16, 18), range(18, 20)), strict=True)
 }
+HELD_OUT = range(16, 20)
 UNKNOWN = "I don't know."
 
 
@@ -39,6 +40,7 @@ class Question(NamedTuple):
     answer: str
     wrong: str  # as short, and wrong
     sentence: str  # the answer at length
+    parts: tuple[str, ...] = ()  # keys of questions that its answer settles on the way
 
 
 def share_of(key: str) -> int:
@@ -54,7 +56,7 @@ ABOUT_STORY = {
     "thing": ("What did {hero} have?", "a {colour} {thing}", "{hero} had a {colour} {thing}."),
     "place": ("Where did {hero} go?", "to {place}", "{hero} went to {place}."),
     "friend": ("Who found the {thing}?", "{friend}", "{friend} found the {thing}."),
-    "spot": ("Where was the {thing} found?", "{spot}", "The {thing} was found {spot}."),
+    "spot": ("Where was the {thing} found?", "{spot}", "{friend} found the {thing} {spot}."),
     "mood": ("How did {hero} feel when the {thing} was gone?", "very {mood}", "{hero} was very {mood}."),
     "weather": ("What was the day like?", "{weather}", "It was a {weather} day."),
 }
@@ -117,16 +119,16 @@ def _absent(parts: dict[str, str], rng: random.Random) -> dict[str, str]:
 
 
 def _on_story(kind: str, rng: random.Random, num_turns: int, is_told: bool = True, system: str = "") -> Question:
-    """A story and so many questions on it; the last one is `is_told` or not, of the others one in four is not."""
+    """A story and so many questions on it; the last one is `is_told` or not, of the others one in ten is not."""
     text, parts, key = _story(rng)
     messages = [{"role": "system", "content": system}] if system else []
     form = SYSTEMS.get(system, "{answer}")
     for turn in range(num_turns):
         is_last = turn == num_turns - 1
-        is_known = is_told if is_last else rng.random() < 0.75
+        is_known = is_told if is_last else rng.random() < 0.9
         topic = rng.choice(list(ABOUT_STORY) if is_known else NAMED)
         question, answer, wrong, sentence = _ask(parts if is_known else _absent(parts, rng), topic, rng)
-        said = form.format(answer=answer, sentence=sentence, friend=parts["friend"]) if is_known else UNKNOWN
+        said = form.format(answer=answer, sentence=sentence) if is_known else UNKNOWN
         messages.append(_user(question if turn else f"{text} {question}"))
         if not is_last:
             messages.append({"role": "assistant", "content": said})
@@ -142,23 +144,23 @@ def about_story(rng: random.Random) -> Question:
 
 
 def in_turns(rng: random.Random) -> Question:
-    return _on_story("turns", rng, num_turns=rng.choice((2, 3, 4)))
+    return _on_story("turns", rng, num_turns=rng.choice((2, 3)))
 
 
 SYSTEMS = {
     "Answer with a whole sentence.": "{sentence}",
     "Say thank you after every answer.": "{answer}, thank you!",
-    "Say the name of the friend first.": "{friend}: {answer}",
+    "Begin every answer with the word well.": "well, {answer}",
 }
 
 
 def with_system(rng: random.Random) -> Question:
-    return _on_story("system", rng, rng.choice((1, 2, 3)), system=rng.choice(list(SYSTEMS)))
+    return _on_story("system", rng, rng.choice((1, 2)), system=rng.choice(list(SYSTEMS)))
 
 
 def unknown_in_story(rng: random.Random) -> Question:
     """The same questions, about somebody or something that the story does not have."""
-    return _on_story("unknown", rng, rng.choice((1, 2, 3)), is_told=False)
+    return _on_story("unknown", rng, rng.choice((1, 2)), is_told=False)
 
 
 # ---- towns
@@ -184,7 +186,7 @@ ABOUT_TOWN = {
 OPENINGS = ("", "Tell me: ", "One thing more: ", "Do you know this? ", "Please say: ")
 WORDINGS = [(opening, k) for opening in OPENINGS for k in (0, 1)]
 # shares of the ten wordings of a fact, dealt out anew for every fact: every fact is asked in every training set
-DEALT = [0, 1, 2, 3, 10, 11, 13, 14, 16, 18]
+DEALT = [0, 1, 2, 3, 4, 5, 12, 14, 16, 18]
 
 
 def share_of_fact(town: str, topic: str, wording: int) -> int:
@@ -232,12 +234,13 @@ def sums(rng: random.Random) -> Question:
     """
     hero, (_, she, _) = rng.choice(WORLD.people)
     fruit, count, steps = rng.choice(WORLD.foods), rng.randint(0, WORLD.largest_number), rng.choice((1, 2))
-    text, numbers, said = f"{hero} has {count} {fruit}.", [count], []
+    text, numbers, said, single = f"{hero} has {count} {fruit}.", [count], [], []
     for _ in range(steps):
         change = rng.choice([d for d in range(-9, 10) if d and 0 <= count + d <= WORLD.largest_number])
         verb = rng.choice(("gets", "finds") if change > 0 else ("eats", "sells"))
         step = f"Then {she} {verb} {abs(change)}{' more' if change > 0 else ''}"
         text += f" {step}."
+        single.append(f"sum {count} {change}")
         count += change
         numbers.append(change)
         said.append(f"{step}, so now {she} has {count}.")
@@ -246,7 +249,8 @@ def sums(rng: random.Random) -> Question:
     wrong = answer.removesuffix(f"{count}.") + f"{other}."
     key = "sum " + " ".join(map(str, numbers))
     question = f"{text} How many does {she} have now?"
-    return Question("sums", key, [_user(question)], answer, wrong, f"Now {hero} has {count} {fruit}.")
+    sentence = f"Now {hero} has {count} {fruit}."
+    return Question("sums", key, [_user(question)], answer, wrong, sentence, tuple(single))
 
 
 SYLLABLES = "ba de fi go ha ka lo mi ne pa ra se ti vo wa".split()
@@ -269,7 +273,7 @@ def spelling(rng: random.Random) -> Question:
 
 # kind, of 20 rows
 KINDS: list[tuple[Callable[[random.Random], Question], int]] = [
-    (about_story, 3), (about_town, 2), (sums, 4), (spelling, 3), (in_turns, 3), (with_system, 2), (unknown, 3),
+    (about_story, 3), (about_town, 2), (sums, 4), (spelling, 3), (in_turns, 3), (with_system, 3), (unknown, 2),
 ]  # fmt: skip
 
 
@@ -280,7 +284,8 @@ def question(name: str, split: str, index: int, seed: int = 0) -> Question:
     make = rng.choices([make for make, _ in KINDS], [weight for _, weight in KINDS])[0]
     while True:
         found = make(rng)
-        if share_of_key(found.key) in shares:
+        is_told = split == "train" and any(share_of_key(part) in HELD_OUT for part in found.parts)
+        if share_of_key(found.key) in shares and not is_told:
             return found
 
 

@@ -4,9 +4,12 @@ import json
 
 import pytest
 import tiny
+import torch
+import torch.nn.functional as F
 from datasets import Dataset
+from helpers import redraw
 
-from llmkit.align.rows import IGNORE, CannotTrain, Labeller, bad_note, get_data, pack
+from llmkit.align.rows import IGNORE, CannotTrain, Labeller, PackedCollator, bad_note, get_data, pack
 from llmkit.config import SftConfig, UserError
 
 
@@ -145,3 +148,28 @@ def test_the_fingerprint_is_that_of_ids_and_labels(tmp_path):
     all_trained = recipe(tmp_path, tiny.chat_rows(4), assistant_only_loss=False)
     assert first != get_data(all_trained, Labeller(tiny.bpe_tokenizer(), all_trained)).fingerprint
     assert isinstance(get_data(config, Labeller(tiny.bpe_tokenizer(), config)).train, Dataset)
+
+
+def nats(model, batch):
+    """Summed over the trained tokens."""
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    return float(F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="sum"))
+
+
+def test_a_packed_batch_has_the_loss_of_its_rows_alone_and_of_trls_own_batch(tmp_path):
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    config = recipe(tmp_path, tiny.chat_rows(24), packing=True, max_length=96)
+    data = get_data(config, Labeller(tiny.bpe_tokenizer(), config))
+    packed = list(pack(data.train, config))
+    assert len({len(row["input_ids"]) for row in packed}) > 1 and any(len(row["seq_lengths"]) > 1 for row in packed)
+    model = redraw(tiny.llama()).eval()
+    with torch.no_grad():
+        alone = sum(nats(model, {k: torch.tensor([row[k]]) for k in ("input_ids", "labels")}) for row in data.train)
+        ours = nats(model, PackedCollator(0)(packed))
+        theirs = nats(model, {
+            k: v for k, v in DataCollatorForLanguageModeling(0, padding_free=True)(packed).items()
+            if k in ("input_ids", "labels", "position_ids")
+        })  # fmt: skip
+    assert ours == pytest.approx(alone, rel=1e-5) and theirs == pytest.approx(alone, rel=1e-5)
