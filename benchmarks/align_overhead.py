@@ -58,7 +58,7 @@ def bare(model_dir: str, steps: int, packing: bool, out: Path) -> None:
 def ours(model_dir: str, steps: int, packing: bool, folder: Path) -> dict:
     words = {key: str(value) for key, value in KEYS.items()} | {
         "output_dir": str(folder), "model_name_or_path": model_dir, "max_steps": str(steps),
-        "packing": str(packing).lower(), "warmup_steps": "0", "use_cpu": "true", "skip_checks": "true", "weight_decay": "0",
+        "packing": str(packing).lower(), "warmup_steps": "0", "use_cpu": "true", "skip_checks": "true",
         "datasets": f"[{{path: builtin/toyworld, name: instructions, split: 'train[:{ROWS}]'}}]",
     }  # fmt: skip
     flags = [f"--{key}={value}" for key, value in words.items()]

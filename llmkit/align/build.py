@@ -109,7 +109,7 @@ def get_tokenizer(config: Any, is_chat: bool) -> tuple[PreTrainedTokenizerBase, 
     Raises UserError for a template that differs from the one that the parent was trained with.
     """
     path = resolve_model_dir(config.model_name_or_path)
-    tokenizer = load_tokenizer(path, config.trust_remote_code, "model_name_or_path")
+    tokenizer = load_tokenizer(path, config.trust_remote_code, "model_name_or_path", config.model_revision)
     template = Template()
     if is_chat:
         _set_template(tokenizer, template, config.chat_template_path, parent_manifest(path))

@@ -148,6 +148,8 @@ def get_data(config: SftConfig, labeller: Labeller) -> Data:
         split = train.train_test_split(test_size=round(config.test_split_size * len(train)), seed=seed)
         train, shards["validation"] = split["train"], split["test"]
         notes.append(f"held out  {len(shards['validation']):,} of the training rows as validation, by seed {seed}")
+    if config.overfit and "text" in json.loads(train[0]["raw"]):
+        raise UserError(f"overfit={config.overfit}: text has no answers to come back; `llmkit pretrain --overfit` has")
     if config.overfit:
         train, shards = train.select(range(min(config.overfit, len(train)))), {}
     if not len(train):

@@ -238,13 +238,9 @@ def _announce(job: Job) -> None:
     say(f"tokens    {told['tokens']:,} in {told['rows']:,} rows, {told['trained_tokens']:,} of them trained")
     rows = len(job.trainer.train_dataset)
     packed = f" ({rows:,} packed)" if job.config.packing else ""
-    say(
-        f"plan      {num_steps(job.trainer):,} steps of {args.train_batch_size * args.gradient_accumulation_steps} "
-        f"rows per process{packed}, at most"
-        if job.config.overfit
-        else f"plan      {num_steps(job.trainer):,} steps of "
-        f"{args.train_batch_size * args.gradient_accumulation_steps} rows per process{packed}"
-    )
+    size = args.train_batch_size * args.gradient_accumulation_steps
+    at_most = ", at most" if job.config.overfit else ""
+    say(f"plan      {num_steps(job.trainer):,} steps of {size} rows per process{packed}{at_most}")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     say(f"machine   {job.device}" + (f", {processes} processes ({job.kind})" if processes > 1 else ""))
 
@@ -256,6 +252,9 @@ def fit(job: Job, run: Run, same: dict[str, Any], checkpoint: Checkpoint | None)
     with stop_signals(is_rank=world > 1) as asked:
         watch = Watch(run, job.console, config, same, asked, until_learnt=bool(config.overfit))
         trainer.add_callback(watch)
+        if checkpoint:  # TRL counts tokens from the start of the process
+            before = json.loads((checkpoint.folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+            trainer._total_train_tokens = next((r["num_tokens"] for r in reversed(before) if "num_tokens" in r), 0)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
         except UserError:

@@ -102,11 +102,11 @@ def train_tokenizer(
 
 
 def load_tokenizer(
-    name_or_path: str, trust_remote_code: bool = False, key: str = "tokenizer_name"
+    name_or_path: str, trust_remote_code: bool = False, key: str = "tokenizer_name", revision: str = "main"
 ) -> PreTrainedTokenizerBase:
     """Any Hub or local tokenizer; raises UserError when there is none, or when it has no EOS to end documents with."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, revision=revision)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{key}={name_or_path!r}: no tokenizer could be loaded ({str(error).splitlines()[0]}); "

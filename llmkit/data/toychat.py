@@ -55,7 +55,7 @@ ABOUT_STORY = {
     "colour": ("What colour was the {thing}?", "{colour}", "The {thing} was {colour}."),
     "thing": ("What did {hero} have?", "a {colour} {thing}", "{hero} had a {colour} {thing}."),
     "place": ("Where did {hero} go?", "to {place}", "{hero} went to {place}."),
-    "friend": ("Who found the {thing}?", "{friend}", "{friend} found the {thing}."),
+    "friend": ("Who found the {thing}?", "it was {friend}", "{friend} found the {thing}."),
     "spot": ("Where was the {thing} found?", "{spot}", "{friend} found the {thing} {spot}."),
     "mood": ("How did {hero} feel when the {thing} was gone?", "very {mood}", "{hero} was very {mood}."),
     "weather": ("What was the day like?", "{weather}", "It was a {weather} day."),
@@ -128,7 +128,7 @@ def _on_story(kind: str, rng: random.Random, num_turns: int, is_told: bool = Tru
         is_known = is_told if is_last else rng.random() < 0.9
         topic = rng.choice(list(ABOUT_STORY) if is_known else NAMED)
         question, answer, wrong, sentence = _ask(parts if is_known else _absent(parts, rng), topic, rng)
-        said = form.format(answer=answer, sentence=sentence) if is_known else UNKNOWN
+        said = form.format(answer=answer) if is_known else UNKNOWN
         messages.append(_user(question if turn else f"{text} {question}"))
         if not is_last:
             messages.append({"role": "assistant", "content": said})
@@ -148,7 +148,7 @@ def in_turns(rng: random.Random) -> Question:
 
 
 SYSTEMS = {
-    "Answer with a whole sentence.": "{sentence}",
+    "Say every answer twice.": "{answer}, {answer}",
     "Say thank you after every answer.": "{answer}, thank you!",
     "Begin every answer with the word well.": "well, {answer}",
 }
@@ -273,7 +273,7 @@ def spelling(rng: random.Random) -> Question:
 
 # kind, of 20 rows
 KINDS: list[tuple[Callable[[random.Random], Question], int]] = [
-    (about_story, 3), (about_town, 2), (sums, 4), (spelling, 3), (in_turns, 3), (with_system, 3), (unknown, 2),
+    (about_story, 2), (about_town, 2), (sums, 5), (spelling, 3), (in_turns, 3), (with_system, 3), (unknown, 2),
 ]  # fmt: skip
 
 
