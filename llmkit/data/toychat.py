@@ -228,13 +228,14 @@ def unknown(rng: random.Random) -> Question:
 
 
 def sums(rng: random.Random) -> Question:
-    """One or two steps between 0 and the largest number, answered as pretraining counts: step by step.
+    """One or two steps between 0 and the largest number, answered as pretraining counts: from the start, step by step.
 
     The numbers are the key, whoever has whatever fruit.
     """
     hero, (_, she, _) = rng.choice(WORLD.people)
     fruit, count, steps = rng.choice(WORLD.foods), rng.randint(0, WORLD.largest_number), rng.choice((1, 2))
-    text, numbers, said, single = f"{hero} has {count} {fruit}.", [count], [], []
+    text = f"{hero} has {count} {fruit}."
+    numbers, said, single = [count], [text], []
     for _ in range(steps):
         change = rng.choice([d for d in range(-9, 10) if d and 0 <= count + d <= WORLD.largest_number])
         verb = rng.choice(("gets", "finds") if change > 0 else ("eats", "sells"))

@@ -74,7 +74,8 @@ def test_answers_are_right_by_the_world(questions):
     for q in itertools.chain(*questions.values()):
         text = text_of(q)
         if q.kind == "sums":
-            count, said = int(re.search(r"has (\d+)", text)[1]), []
+            start = re.match(r"\w+ has (\d+) \w+\.", text)
+            count, said = int(start[1]), [start[0]]
             for step, verb, number in re.findall(r"(Then \w+ (\w+) (\d+)(?: more)?)\.", text):
                 count += int(number) * (1 if verb in ("gets", "finds") else -1)
                 said.append(f"{step}, so now {step.split()[1]} has {count}.")
