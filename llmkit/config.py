@@ -541,17 +541,29 @@ NOT_PASSED_ON = {
 }
 
 
-def _is_passed_on(cls: Any, key: str) -> bool:
-    """A further key of the TRL config that the verb rides on. Raises UserError for one that the house decides."""
+def _passed_on_hint(cls: Any, key: str) -> Any:
+    """The type of a further key of the TRL config that the verb rides on, None where there is no such key.
+
+    Raises UserError for one that the house decides.
+    """
     if not hasattr(cls, "PASSES_ON"):
-        return False
+        return None
     if key in NOT_PASSED_ON or key.startswith("hub_"):
         raise UserError(f"key {key!r} of TRL is not used here; write {NOT_PASSED_ON.get(key, 'nothing')}")
     try:  # only for such a key: seconds of import
         import trl
     except ImportError:
-        return False
-    return key in {field.name for field in dataclasses.fields(getattr(trl, cls.PASSES_ON))}
+        return None
+    theirs = getattr(trl, cls.PASSES_ON)
+    names = {field.name for field in dataclasses.fields(theirs)}
+    return typing.get_type_hints(theirs)[key] if key in names else None
+
+
+def _fits_theirs(value: Any, hint: Any) -> bool:
+    try:
+        return _fits(value, hint)
+    except TypeError:  # dict[str, Any] and the like: TRL looks at those itself
+        return True
 
 
 def parse_args(argv: list[str]) -> tuple[Path | None, dict[str, str]]:
@@ -627,7 +639,9 @@ def load(cls: type[T], argv: list[str], verb: str = "pretrain") -> T:
             )
         origin[head] = f"--{key}"
     for key, value in list(values.items()):
-        if key not in hints and _is_passed_on(cls, str(key)):
+        if key not in hints and (theirs := _passed_on_hint(cls, str(key))) is not None:
+            if not _fits_theirs(value, theirs):
+                raise UserError(f"{origin[key]}: {key}={value!r} is {type(value).__name__}; allowed: {theirs}")
             passed_on[key] = values.pop(key)
             continue
         if key not in hints:

@@ -43,6 +43,7 @@ class ByToken:
         )
         if "attention_mask" not in inputs:
             self._total_train_tokens += (self._total_train_tokens - before) * (shape[0] - 1)
+            self._metrics["train" if model.training else "eval"]["num_tokens"] = [self._total_train_tokens]
         return loss
 
     def _loss_per_token(self, rows: Any) -> float:

@@ -40,10 +40,12 @@ def for_overfit(config: Any) -> Any:
         if json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("overfit"):
             shutil.rmtree(folder)
     off: dict[str, Any] = {
-        "output_dir": str(folder), "lora_dropout": 0.0, "weight_decay": 0.0, "eval_datasets": [], "eval_steps": None,
+        "output_dir": str(folder), "weight_decay": 0.0, "eval_datasets": [], "eval_steps": None,
         "test_split_size": 0.0, "eval_on_start": False, "eval_answers": 0, "max_new_tokens": config.max_length,
         "save_steps": None, "save_total_limit": None, "sample_prompts": [], "ngram_order": None,
     }  # fmt: skip
+    if config.use_peft:
+        off["lora_dropout"] = 0.0
     if config.max_steps:  # meant for all rows
         rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
         off["max_steps"] = min(config.max_steps, math.ceil(EPOCHS * config.overfit / rows_per_step))

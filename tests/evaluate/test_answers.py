@@ -31,7 +31,7 @@ def test_the_question_ends_where_the_last_answer_begins():
     assert expected == "He"
     start = "<|im_start|>"
     assert tokenizer.decode(ids) == (
-        f"{start}user\nHi<|im_end|>\n{start}assistant\nHo<|im_end|>\n{start}user\nHi<|im_end|>\n{start}assistant\n"
+        f"{start}user\nHi<|im_end|>\n{start}assistant\nHo<|im_end|>{start}user\nHi<|im_end|>\n{start}assistant\n"
     )
     assert question_of({"prompt": [USER], "completion": [ANSWER]}, tokenizer)[1] == "Ho"
     assert question_of({"prompt": "Q: a\nA:", "completion": " b"}, tokenizer)[1] == " b"
