@@ -12,7 +12,7 @@ import yaml
 
 from llmkit import cli, launch
 from llmkit.config import PretrainConfig, UserError
-from llmkit.run import LOST
+from llmkit.run import LOST, is_main
 
 ROOT = Path(__file__).parent.parent
 RECIPE = {
@@ -49,7 +49,7 @@ def test_a_relaunch_happens_once_and_only_when_asked_for(monkeypatch):
     assert not any(launch.is_wanted(settings(**keys)) for keys in ({}, dict(num_processes=1)))
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("RANK", "1")
-    assert not any(launch.is_wanted(settings(**keys)) for keys in asked) and not launch.is_main()
+    assert not any(launch.is_wanted(settings(**keys)) for keys in asked) and not is_main()
 
 
 def test_the_relaunch_repeats_the_call(tmp_path):

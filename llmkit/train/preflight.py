@@ -45,6 +45,7 @@ from .build import (
 from .checkpoint import find_checkpoint, load_weights
 from .engines import check_engine, engine_kind, start_accelerator, start_engine
 from .optim import build_optimizer, lr_factor, planned_rates
+from .overfit import for_overfit
 from .pretrain import _isolate, fit
 
 
@@ -54,6 +55,7 @@ def get_subject(config: PretrainConfig, tier: int, is_data_only: bool = False) -
     `is_data_only`: what a run would read, without a model, and output_dir may hold a run already.
     """
     check_config(config)
+    config = for_overfit(config)
     check_engine(engine_kind(), config)
     quiet_libraries()
     if not config.resume_from_checkpoint and not is_data_only:

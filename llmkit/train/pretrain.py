@@ -124,6 +124,7 @@ def main(config: PretrainConfig) -> Result:
         "seed": config.seed,
         "data_seed": data_seed,
         "parent": config.model_name_or_path,
+        "overfit": config.overfit,
         "documents_open_with_bos": config.packing_strategy == "bos_bestfit",
         "tokenizer": fingerprint(tokenizer),
         "datasets": [r.store.manifest for r in train_rows],
