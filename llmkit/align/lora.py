@@ -210,6 +210,14 @@ def _check_targets(model: PreTrainedModel, config: SftConfig) -> None:
         _check_names(model, "lora_modules_to_save", config.lora_modules_to_save)
 
 
+def _check_magnitudes(model: PreTrainedModel) -> None:
+    """DoRA divides by the norm of every row: raises UserError for a matrix of zeros, as a fresh model of ours has."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.is_floating_point() and not weight.any():
+            raise UserError(f"use_dora=true: {name} is all zero, and DoRA divides by its norm; train the base first")
+
+
 def _is_tied(model: PreTrainedModel) -> bool:
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
@@ -260,6 +268,8 @@ def add_adapter(model: PreTrainedModel, config: SftConfig, new_token_ids: Iterab
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     _check_targets(model, config)
+    if config.use_dora:
+        _check_magnitudes(model)
     ids, was_tied = sorted(set(new_token_ids)), _is_tied(model)
     rows, saved = _trained_rows(model, config, ids)
     trains_tied = was_tied and _is_any_named(_ends(model), saved)

@@ -296,3 +296,13 @@ def test_folders_that_are_no_adapter_say_so(adapter, tmp_path):
 def test_the_zoo_of_bases_is_what_the_tests_say():
     tied = {name for name in BASES if torch.equal(*ends(AutoModelForCausalLM.from_pretrained(base(name))))}
     assert tied == {"qwen3", "gemma3", "gpt2", "llmkit"}
+
+
+def test_dora_on_a_matrix_of_zeros_is_refused():
+    """A fresh model of ours has zero output projections: the loss was nan from the first step on."""
+    from helpers import TINY
+
+    from llmkit.model import LlmkitConfig, LlmkitForCausalLM
+
+    with pytest.raises(UserError, match=r"self_attn\.o_proj is all zero, and DoRA divides by its norm"):
+        lora.add_adapter(LlmkitForCausalLM(LlmkitConfig(**TINY)), settings(use_peft=True, use_dora=True))
