@@ -55,21 +55,25 @@ class Labeller:
         self.can_be_long = config.packing and config.packing_strategy != "bfd"  # cut into pieces, nothing is lost
 
     def settings(self, row: dict[str, Any]) -> dict[str, Any]:
-        """assistant_only_loss and completion_only_loss for this row, both decided."""
+        """assistant_only_loss and completion_only_loss for this row, both decided.
+
+        Without generation marks a chat is trained as prompt and completion.
+        """
         is_chat = "messages" in row or isinstance(row.get("prompt"), list)
-        asked, is_pair = self.config.assistant_only_loss, "completion" in row
-        only_answers = "messages" in row if asked is None else bool(asked and is_chat)
+        asked = self.config.assistant_only_loss
+        only_answers = "messages" in row if asked is None else asked and is_chat
+        can_mask = self.has_marks or self.template is not None
+        is_pair = "completion" in row and self.config.completion_only_loss is not False
         return {
-            "assistant_only_loss": only_answers,
-            "completion_only_loss": is_pair and self.config.completion_only_loss is not False,
+            "assistant_only_loss": bool(only_answers and can_mask),
+            "completion_only_loss": bool(is_pair or (only_answers and not can_mask)),
         }
 
     def __call__(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
         """ids and labels. Raises CannotTrain."""
-        settings, given = self.settings(row), row
-        if settings["assistant_only_loss"] and not (self.has_marks or self.template):
-            given, settings = _as_pair(row), {"completion_only_loss": True}
-        template = self.template if settings.get("assistant_only_loss") else None
+        settings = self.settings(row)
+        given = _as_pair(row) if settings["completion_only_loss"] and "messages" in row else row
+        template = self.template if settings["assistant_only_loss"] else None
         try:
             ids, is_trained = tokenize_row(self.tokenizer, settings, given, template)
         except Exception as error:  # templates raise what they like
@@ -83,8 +87,7 @@ class Labeller:
     def describe(self, row: dict[str, Any]) -> str:
         settings = self.settings(row)
         if settings["assistant_only_loss"]:
-            how = "" if self.has_marks else ", marks by TRL" if self.template else ", as prompt and completion"
-            return f"chat, answers are trained{how}"
+            return f"chat, answers are trained{'' if self.has_marks else ', marks by TRL'}"
         kind = "chat" if "messages" in row or isinstance(row.get("prompt"), list) else "text"
         return f"{kind}, " + ("completions are trained" if settings["completion_only_loss"] else "all is trained")
 

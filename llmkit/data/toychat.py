@@ -2,7 +2,7 @@
 
 Owns the splits of `builtin/toyworld` that later stages train and are measured on, as rows in TRL's columns.
 
-    row("instructions", "train", 7)["messages"];  row("preferences", "train", 7)["chosen"];  verify(row, "red")
+    row("instructions", "train", 7)["messages"];  verify(row("prompts", "train", 7), "red")
 
 A row is a pure function of (name, split, index, seed). Every question has a key: what is asked about, not how. The hash
 of the key decides the share it belongs to, and a share belongs to one training set or to one evaluation split, so that
@@ -22,8 +22,11 @@ from .toyworld import TOPICS, WORLD, Tape, story
 NAMES = ("instructions", "preferences", "prompts")
 SPLITS = ("train", "validation", "test")
 # of 20 shares; validation and test are the same questions whatever the name
-SHARES = {("instructions", "train"): range(0, 12), ("preferences", "train"): range(12, 14)}
-SHARES |= {("prompts", "train"): range(14, 16)}
+SHARES = {
+    ("instructions", "train"): range(0, 12),
+    ("preferences", "train"): range(12, 14),
+    ("prompts", "train"): range(14, 16),
+}
 SHARES |= {
     (name, split): span
     for name in NAMES

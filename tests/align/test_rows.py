@@ -62,6 +62,7 @@ def test_a_template_without_marks_trains_the_one_answer_of_a_chat():
     one, two = tiny.chat_rows(1)[0], tiny.chat_rows(1, turns=2)[0]
     tokenizer.chat_template = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     label = Labeller(tokenizer, settings())
+    assert label.settings(one) == {"assistant_only_loss": False, "completion_only_loss": True}
     ids, labels = label(one)
     assert tokenizer.decode(ids).startswith("<|im_start|>user")
     # what follows the answer in the template is the completion's, too

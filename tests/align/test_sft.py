@@ -294,3 +294,20 @@ def test_two_processes_have_the_losses_of_one(recipe, tmp_path, engine):
         for c in (two, recipe)
     )
     assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_checkpoint_whose_template_has_no_marks_is_tuned_with_its_own_template(recipe, tmp_path, capsys):
+    """Tier 0 once failed there: the settings asked for a mask that the rows do not need."""
+    template = tiny.CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    tokenizer = tiny.bpe_tokenizer()
+    tokenizer.chat_template = template
+    tiny.llama().save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    (tmp_path / "sft.yaml").write_text(
+        config.dump(changed(recipe, model_name_or_path=str(tmp_path / "chat"), max_steps=1))
+    )
+    assert cli.main(["sft", str(tmp_path / "sft.yaml")]) == 0
+    said = capsys.readouterr().out
+    assert "chat, completions are trained" in said and "the tokenizer's own" in said and "checks" in said
+    saved = AutoTokenizer.from_pretrained(Path(recipe.output_dir) / "model")
+    assert saved.chat_template == template
