@@ -45,8 +45,6 @@ def with_trl_columns(row: dict[str, Any]) -> dict[str, Any]:
         if isinstance(row.get("system"), str) and row["system"] and isinstance(messages, list):
             messages = [{"role": "system", "content": row["system"]}, *messages]
         return {k: v for k, v in row.items() if k not in ("conversations", "system")} | {"messages": messages}
-    if isinstance(row.get("messages"), list):
-        return row | {"messages": [turn(t) for t in row["messages"]]}
     pair = next((pair for pair in PAIRS if set(pair) <= set(row)), None)
     if pair is None or ("prompt" not in pair and any(column in row for column in COLUMNS)):
         return row

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import datasets
 
-from ..check.columns import problem_of, with_trl_columns
+from ..check.columns import problem_of, turn, with_trl_columns
 from ..config import UserError
 from .sources import Source, describe, find_builder, find_files, hub_rows, toyworld_range
 
@@ -32,6 +32,8 @@ def load_rows(source: Source, data_dir: Path) -> Iterator[dict[str, Any] | Bad]:
     number = 0
     for number, given in enumerate(_read(source, data_dir), 1):
         row = with_trl_columns(given)
+        if isinstance(row.get("messages"), list):  # roles as templates know them, no empty columns
+            row = row | {"messages": [turn(t) for t in row["messages"]]}
         if number == 1:
             _check_format(source, given, row)
         problem = problem_of(row)

@@ -32,7 +32,6 @@ def texts(row):
             [("system", "s"), ("user", "Hi"), ("assistant", "Ho")],
         ),
         ({"conversations": [{"role": "user", "content": "Hi"}]}, [("user", "Hi")]),
-        ({"messages": [{"role": "human", "content": "Hi", "tool_calls": None}]}, [("user", "Hi")]),
         ({"prompt": "q", "response": "a"}, [("user", "q"), ("assistant", "a")]),
     ],
 )
@@ -79,6 +78,13 @@ def write(path, rows):
     text = "\n".join(map(json.dumps, rows)) if path.suffix == ".jsonl" else json.dumps(rows)
     path.write_text(text)
     return Source(path="json", data_files=path.name)
+
+
+def test_roles_of_messages_are_those_of_templates(tmp_path):
+    """Only here: the checks show what a template makes of the role that is written."""
+    turns = [{"role": "human", "content": "Hi", "tool_calls": None}, {"role": "gpt", "content": "Ho"}]
+    assert next(load_rows(write(tmp_path / "rows.jsonl", [{"messages": turns}]), tmp_path))["messages"] == CHAT
+    assert with_trl_columns({"messages": turns}) == {"messages": turns}
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
