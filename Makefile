@@ -89,9 +89,9 @@ pretrain-shakespeare-char: $(VENV)/core  ## nanoGPT's classic; DATA_DIR=folder w
 	$(BIN)/llmkit pretrain recipes/shakespeare-char/pretrain.yaml --data_dir $(DATA_DIR)
 
 RECIPE ?= sft
-adapt-lora: $(VENV)/all  ## LoRA on any causal LM: MODEL=path-or-id DATA=rows.jsonl [RECIPE=sft_qlora]
+adapt-lora: $(VENV)/all  ## LoRA on any causal LM: MODEL=path-or-id DATA=rows.jsonl [RECIPE=sft_qlora] [ARGS="--key value"]
 	@test -n "$(MODEL)" -a -n "$(DATA)" || { echo "make adapt-lora MODEL=path-or-id DATA=rows.jsonl"; exit 2; }
-	$(BIN)/llmkit sft recipes/adapt-lora/$(RECIPE).yaml --model_name_or_path "$(MODEL)" --datasets.0.data_files "$(DATA)"
+	$(BIN)/llmkit sft recipes/adapt-lora/$(RECIPE).yaml --model_name_or_path "$(MODEL)" --datasets.0.data_files "$(DATA)" $(ARGS)
 
 clean-toy:  ## forget the toy runs
 	rm -rf runs/toy

@@ -235,8 +235,8 @@ def cleaning(text: Path, folder: Path) -> dict[str, float]:
     """MB/s of one core for `llmkit data`'s first step, with and without signatures: the second share of the file."""
     from loguru import logger
 
-    from llmkit.config import DataConfig
     from llmkit.data import prepare, stages
+    from llmkit.verbs import DataConfig
 
     logger.disable("datatrove")
 

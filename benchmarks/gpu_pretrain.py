@@ -40,7 +40,6 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from llmkit.config import PretrainConfig
 from llmkit.hardware import detect, peak_bf16
 from llmkit.model import LlmkitConfig
 from llmkit.run import Run
@@ -49,6 +48,7 @@ from llmkit.train.engines import start_accelerator, start_engine
 from llmkit.train.monitor import Monitor
 from llmkit.train.optim import lr_factor, set_learning_rate
 from llmkit.train.pretrain import _loss, _micro_batches
+from llmkit.verbs import PretrainConfig
 
 SPEED_TARGET, MFU_TARGET, TIME_TARGET = 1.15, 0.40, 0.50
 LOSS_TARGET = 1.4697  # nats per character: what nanoGPT's README reports for its own recipe

@@ -14,24 +14,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import __version__, config, launch, run
+from . import __version__, config, launch, run, verbs
 
 # verb -> (module, config class, what it does)
 VERBS: dict[str, tuple[str, type, str]] = {
-    "check": ("check.verb", config.CheckConfig, "find the silent bugs of a model, tokenizer, data set or trainer"),
+    "check": ("check.verb", verbs.CheckConfig, "find the silent bugs of a model, tokenizer, data set or trainer"),
     "data": (
         "data.prepare",
-        config.DataConfig,
+        verbs.DataConfig,
         "make token stores of text: clean, deduplicate, decontaminate, tokenise",
     ),
-    "tokenizer train": ("data.tokenizer_train", config.TokenizerTrainConfig, "train a BPE or char-level tokenizer"),
-    "tokenizer check": ("data.tokenizer_check", config.TokenizerCheckConfig, "check any tokenizer, also on your text"),
-    "inspect": ("data.inspect_verb", config.InspectConfig, "show what the model will really see, token by token"),
-    "pretrain": ("train.pretrain", config.PretrainConfig, "train a causal LM from scratch, or go on training one"),
-    "sft": ("align.sft", config.SftConfig, "tune any causal LM on instructions: full, LoRA, QLoRA, DoRA"),
-    "merge": ("align.merge", config.MergeConfig, "write adapter and base as one plain model, checked"),
-    "generate": ("deploy.generate", config.GenerateConfig, "continue a prompt, streaming"),
-    "export": ("deploy.export", config.ExportConfig, "write a plain Qwen3 or Llama folder that needs no llmkit"),
+    "tokenizer train": ("data.tokenizer_train", verbs.TokenizerTrainConfig, "train a BPE or char-level tokenizer"),
+    "tokenizer check": ("data.tokenizer_check", verbs.TokenizerCheckConfig, "check any tokenizer, also on your text"),
+    "inspect": ("data.inspect_verb", verbs.InspectConfig, "show what the model will really see, token by token"),
+    "pretrain": ("train.pretrain", verbs.PretrainConfig, "train a causal LM from scratch, or go on training one"),
+    "sft": ("align.sft", verbs.SftConfig, "tune any causal LM on instructions: full, LoRA, QLoRA, DoRA"),
+    "merge": ("align.merge", verbs.MergeConfig, "write adapter and base as one plain model, checked"),
+    "generate": ("deploy.generate", verbs.GenerateConfig, "continue a prompt, streaming"),
+    "export": ("deploy.export", verbs.ExportConfig, "write a plain Qwen3 or Llama folder that needs no llmkit"),
 }
 # verb -> the module whose `get_subject(settings, tier)` hands it to the checks
 PREFLIGHT = {"pretrain": "train.preflight", "sft": "align.preflight"}
@@ -87,9 +87,9 @@ def run_verb(verb: str, words: list[str]) -> int:
 def preflight(verb: str, settings: Any) -> int:
     """Tier 0 before a training verb: seconds. The report goes into the folder of the run; 1 when a check failed."""
     selection = _import("check.attach").selection(0, (), (), settings.check_ignore)
-    report = _import("check.runner").run(_import(PREFLIGHT[verb]).get_subject(settings, 0), selection)
+    report = _import("check.runner").run(_import(PREFLIGHT[verb]).get_subject(settings, 0, is_start=True), selection)
     if report.count("fail"):
-        _import("check.verb").show(report, config.CheckConfig())
+        _import("check.verb").show(report, verbs.CheckConfig())
         launch.say_error(f"llmkit: {verb} was not started; mend what failed, or add --skip_checks")
         return 1
     run.HANDED_OVER[run.CHECK] = report.to_json()

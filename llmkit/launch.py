@@ -16,8 +16,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from .config import PretrainConfig, UserError, read_recipe
+from .config import UserError, read_recipe
 from .run import LOST, run_status, stop_signals
+from .verbs import PretrainConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "accelerate_configs"
 LAUNCHED = ("LLMKIT_LAUNCHED", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")  # ours, torchrun's, accelerate launch's

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmkit.model  # noqa: F401  registers our own
 from llmkit.align.lora import add_adapter, grow_embeddings, quantization
-from llmkit.config import SftConfig
 from llmkit.hardware import Device
+from llmkit.verbs import SftConfig
 
 CPU = Device("cpu", "test", False, 1, None)
 ROWS = 448

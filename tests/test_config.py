@@ -8,17 +8,8 @@ import pytest
 import yaml
 
 from llmkit.cli import VERBS
-from llmkit.config import (
-    RENAMED,
-    ExportConfig,
-    GenerateConfig,
-    PretrainConfig,
-    SftConfig,
-    UserError,
-    describe,
-    dump,
-    load,
-)
+from llmkit.config import RENAMED, UserError, describe, dump, load
+from llmkit.verbs import ExportConfig, GenerateConfig, PretrainConfig, SftConfig
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*/*.yaml"))
 # keys of PretrainConfig that TrainingArguments and TRL lack; everything else must be spelled as they spell it

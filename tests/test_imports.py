@@ -1,6 +1,6 @@
 """Imports point to the right, never left: the folders follow the life of a model (DESIGN, section 2).
 
-cli -> plan -> deploy -> align -> train -> evaluate -> {data, model} -> check -> {config, run, hardware, axes}
+cli -> plan -> deploy -> align -> train -> evaluate -> {data, model} -> check -> {config, verbs, run, hardware, axes}
 """
 
 import ast
@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "llmkit"
 FRONT_DESK = ("cli", "launch", "env")
-BASE = ("config", "run", "hardware", "axes")
+BASE = ("config", "verbs", "run", "hardware", "axes")
 STAGES = ("plan", "deploy", "align", "train", "evaluate", "data", "model", "check")  # from left to right
 SIBLINGS = {"data", "model"}  # neither imports the other
 HEAVY = {"trl", "deepspeed", "bitsandbytes", "gradio", "lm_eval", "trackio", "peft", "matplotlib"}
@@ -30,7 +30,7 @@ def allowed_units(unit: str) -> set[str]:
     if unit in BASE:
         return set(BASE)
     if unit == "check":
-        return {"check", "config", "run", "hardware"}
+        return {"check", "config", "verbs", "run", "hardware"}
     if unit == "report":
         return {"report", *BASE}
     right = set(STAGES[STAGES.index(unit) + 1 :])

@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from llmkit import cli, launch
-from llmkit.config import PretrainConfig, UserError
+from llmkit.config import UserError
 from llmkit.run import LOST, is_main
+from llmkit.verbs import PretrainConfig
 
 ROOT = Path(__file__).parent.parent
 RECIPE = {

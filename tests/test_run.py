@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from llmkit import __version__
-from llmkit.config import PretrainConfig, UserError, load
+from llmkit.config import UserError, load
 from llmkit.report.plots import plot_losses, read_metrics
 from llmkit.run import Result, Run, check_output_dir, remove_partials, resolve_model_dir, write_json, written_beside
+from llmkit.verbs import PretrainConfig
 
 RESULT = Result("pretrain", "ok", "x/model", None, 1.5, 2.5, 7, {"a": {"loss": 1.0, "entropy": None}}, {"steps": 2})
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

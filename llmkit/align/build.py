@@ -22,12 +22,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from .. import model as ours  # noqa: F401  registers llmkit with the Auto classes
 from ..check.conversations import written_by_template
-from ..config import SftConfig, UserError
+from ..config import UserError
 from ..data.template import CHATML, read_template, template_hash
 from ..data.tokenizer import CHAT, load_tokenizer
 from ..hardware import Device
 from ..run import resolve_model_dir
 from ..train.build import probe_attention
+from ..verbs import SftConfig
 from . import lora
 
 # keys, what their value must be, how to say it

@@ -26,9 +26,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedCon
 from transformers.pytorch_utils import Conv1D
 
 from .. import model as ours  # noqa: F401  registers llmkit with the Auto classes
-from ..config import SftConfig, UserError
+from ..config import UserError
 from ..hardware import Device
 from ..run import resolve_model_dir
+from ..verbs import SftConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel

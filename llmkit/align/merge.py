@@ -25,10 +25,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..config import MergeConfig, UserError, read_recipe
+from ..config import UserError, read_recipe
 from ..data.tokenizer import load_tokenizer, save_tokenizer
 from ..hardware import cpu_seconds
 from ..run import Result, quiet_libraries, written_beside
+from ..verbs import MergeConfig
 from .lora import QUANTIZED, adapter_dir, base_of, is_quantized, load_base_and_adapter, recorded_base, stored_config
 
 TOLERANCE = 1e-4  # of the logits' deviation, in float32; noise: 4e-6 on 2 random layers, 2e-5 on 24

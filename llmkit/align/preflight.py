@@ -13,11 +13,11 @@ from rich.console import Console
 
 from ..check.attach import builder, from_parts
 from ..check.subject import Subject
-from ..config import SftConfig
 from ..data.chat import Bad, load_rows
 from ..data.sources import parse_sources
 from ..run import check_output_dir, quiet_libraries, resolve_model_dir
 from ..train.overfit import for_overfit
+from ..verbs import SftConfig
 from .build import check_config, get_tokenizer, model_config
 from .rows import Labeller, has_chats
 from .sft import prepare
@@ -25,15 +25,15 @@ from .sft import prepare
 ROWS = 400  # handed over raw
 
 
-def get_subject(config: SftConfig, tier: int, is_data_only: bool = False) -> Subject:
+def get_subject(config: SftConfig, tier: int, is_data_only: bool = False, is_start: bool = False) -> Subject:
     """Tokenizer, template, config and raw rows for tier 0; the trainer itself from tier 1. Raises UserError as `sft`.
 
-    `is_data_only`: what a run would read, and output_dir may hold a run already.
+    `is_data_only` changes nothing: rows come out of the whole trainer. `is_start`: output_dir must be free.
     """
     quiet_libraries()
     config = for_overfit(config)
     check_config(config)
-    if not config.resume_from_checkpoint and not is_data_only:
+    if is_start and not config.resume_from_checkpoint:
         check_output_dir(Path(config.output_dir))
     if tier == 0:
         return _files_only(config)

@@ -26,9 +26,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..check.audit import MARKS, tokenize_row, training_template
-from ..config import SftConfig, UserError
+from ..config import UserError
 from ..data.chat import Bad, load_rows
 from ..data.sources import Source, describe, parse_sources
+from ..verbs import SftConfig
 
 IGNORE = -100
 FEATURES = datasets.Features(

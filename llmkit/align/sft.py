@@ -25,7 +25,7 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
-from ..config import SftConfig, UserError
+from ..config import UserError
 from ..data.sources import parse_sources
 from ..data.tokenizer import fingerprint
 from ..evaluate.answers import AnswerScore, score_answers
@@ -46,6 +46,7 @@ from ..train.build import VOLATILE, flops_per_token
 from ..train.checkpoint import Checkpoint, check_same, clear_the_way, find_checkpoint
 from ..train.engines import engine_kind
 from ..train.overfit import LEARNT, for_overfit, verdict
+from ..verbs import SftConfig
 from .build import Template, check_config, get_model, get_tokenizer, load_model, trl_arguments
 from .lora import is_quantized, train_in_float32
 from .rows import Data, Labeller, PackedCollator, bad_note, get_data, has_chats, pack

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from ..config import CheckConfig, UserError
+from ..config import UserError
 from ..run import resolve_model_dir
+from ..verbs import CheckConfig
 from .columns import COLUMNS, with_trl_columns
 from .forward import bare
 from .hf_trainer import HFTraining, settings_of

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import CheckConfig, UserError
+from ..config import UserError
+from ..verbs import CheckConfig
 from .hook import WANTED
 from .report import Report
 

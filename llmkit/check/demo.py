@@ -22,7 +22,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..config import CheckConfig, UserError
+from ..config import UserError
+from ..verbs import CheckConfig
 from .attach import from_folder, from_parts
 from .report import CheckResult
 from .runner import get_check, quiet, run_one

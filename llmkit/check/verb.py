@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from ..config import CheckConfig, UserError
+from ..config import UserError
+from ..verbs import CheckConfig
 from .console import hang, print_report
 from .report import Report
 from .runner import SECTIONS, Check, all_checks, get_check

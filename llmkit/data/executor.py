@@ -19,7 +19,8 @@ from loguru import logger
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..config import DataConfig, UserError
+from ..config import UserError
+from ..verbs import DataConfig
 from .stages import Stage
 
 POLL_S = 0.3

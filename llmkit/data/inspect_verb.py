@@ -14,7 +14,8 @@ from typing import Any
 
 from ..check.command import call_in_command, write_found
 from ..check.subject import NotApplicable, NotRun
-from ..config import InspectConfig, UserError
+from ..config import UserError
+from ..verbs import InspectConfig
 from .inspect import COUNTED_ROWS, Inspection, describe
 
 CALL = "llmkit.data.inspect_verb:inspect_found"
@@ -92,7 +93,7 @@ def _named(error: Exception, redact: bool) -> str:
 def _of_dataset(settings: InspectConfig) -> Inspection:
     from ..check.attach import from_folder
     from ..check.audit import label_rows_counted
-    from ..config import CheckConfig
+    from ..verbs import CheckConfig
 
     given = CheckConfig(
         tokenizer_name=settings.tokenizer_name, dataset=settings.dataset, max_length=settings.max_length

@@ -19,9 +19,10 @@ from typing import Any
 
 from rich.console import Console
 
-from ..config import DataConfig, UserError
+from ..config import UserError
 from ..report.corpus import print_summary
 from ..run import Run, is_disk_full, run_status
+from ..verbs import DataConfig
 from . import clean, dedup, executor, finish, stages
 from .read import EVERY, Share, plan_shares, share_size
 from .sources import find_builder, find_files, parse_sources, source_fingerprint

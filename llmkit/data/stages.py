@@ -28,8 +28,9 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from ..config import DataConfig, UserError
+from ..config import UserError
 from ..run import write_json
+from ..verbs import DataConfig
 from . import clean, dedup
 from .decontaminate import Index, judge
 from .encode import BATCH_BYTES, MAX_BYTES, StoreWriter, num_utf8_bytes

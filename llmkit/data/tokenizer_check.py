@@ -21,9 +21,10 @@ from ..check.runner import run
 from ..check.subject import Subject
 from ..check.torture import nature
 from ..check.verb import check_file, make_console
-from ..config import TokenizerCheckConfig, TokenizerTrainConfig, UserError
+from ..config import UserError
 from ..report.plots import plot_frequencies
 from ..run import resolve_model_dir, write_bytes, write_json, write_text
+from ..verbs import TokenizerCheckConfig, TokenizerTrainConfig
 from .encode import id_dtype
 from .sources import SUFFIXES, Source, documents, parse_sources
 from .tokenizer_report import STYLE, print_figures, progress, section

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..check.verb import make_console
-from ..config import TokenizerTrainConfig, UserError
+from ..config import UserError
 from ..run import written_beside
+from ..verbs import TokenizerTrainConfig
 from .sources import Source, documents, parse_sources
 from .tokenizer import BOS, EOS, PAD, UNK, load_tokenizer, save_tokenizer, train_tokenizer
 from .tokenizer_check import check_outputs, examine, shards_of

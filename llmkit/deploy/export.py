@@ -12,10 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from .. import model as ours
-from ..config import ExportConfig, UserError
+from ..config import UserError
 from ..data.tokenizer import load_tokenizer
 from ..model.convert import TARGETS, to_plain
 from ..run import Result, quiet_libraries, resolve_model_dir, written_beside
+from ..verbs import ExportConfig
 
 
 @torch.no_grad()

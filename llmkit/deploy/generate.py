@@ -15,10 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TextStreamer
 
 from .. import model as ours  # noqa: F401  registers llmkit with the Auto classes
-from ..config import GenerateConfig, UserError
+from ..config import UserError
 from ..data.tokenizer import bos_id, load_tokenizer
 from ..hardware import cpu_seconds, detect
 from ..run import Result, quiet_libraries, resolve_model_dir
+from ..verbs import GenerateConfig
 
 
 class _Stdout(TextStreamer):

@@ -33,6 +33,7 @@ def plot_losses(folder: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.text import Text
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = read_metrics(folder)
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -56,8 +57,9 @@ def plot_losses(folder: Path) -> Path:
             )
     if lows and max(lows) > 4 * min(lows) > 0:  # a linear axis would press the end of the run flat
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:.2g}")
-        axes.yaxis.set_minor_formatter("{x:.1g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="step", ylabel="nats per token", title=f"{folder}")
     axes.grid(alpha=0.25, which="both")
     if axes.get_legend_handles_labels()[0]:

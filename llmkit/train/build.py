@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from .. import model as ours  # noqa: F401  registers llmkit with the Auto classes
-from ..config import PretrainConfig, UserError
+from ..config import UserError
 from ..data.encode import NAME
 from ..data.loader import Loader, Rows
 from ..data.shards import Store, build_store, open_store
@@ -39,6 +39,7 @@ from ..data.sources import Source, describe, documents, source_fingerprint
 from ..data.tokenizer import bos_id, fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
 from ..hardware import Device
 from ..run import Run, resolve_model_dir, written_beside
+from ..verbs import PretrainConfig
 from .engines import Engine
 
 BPE_SAMPLE_CHARACTERS = 50_000_000  # taken from all sources in turn, document by document

@@ -27,8 +27,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.integrations import unset_hf_deepspeed_config
 
-from ..config import PretrainConfig, UserError
+from ..config import UserError
 from ..hardware import Device
+from ..verbs import PretrainConfig
 from .optim import build_optimizer
 
 PATIENCE = timedelta(days=2)  # the others wait while rank 0 tokenises

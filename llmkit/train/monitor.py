@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..config import PretrainConfig
 from ..evaluate.perplexity import ShardScore
 from ..run import Run
+from ..verbs import PretrainConfig
 from .optim import num_steps
 
 WINDOW = 128  # steps that a new loss or gradient norm is compared with

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from ..config import PretrainConfig, UserError
+from ..config import UserError
+from ..verbs import PretrainConfig
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steepest slope at 0, lands in about [0.7, 1.2]
 BATCH_ELEMENTS = 2**22  # matrices orthogonalised at once: more are no faster, and their temporaries take memory

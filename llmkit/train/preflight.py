@@ -23,12 +23,13 @@ from transformers import AutoConfig
 
 from ..check.attach import builder
 from ..check.subject import LabelledRow, NotApplicable, Schedule, Step, Subject, Trace
-from ..config import PretrainConfig, UserError
+from ..config import UserError
 from ..data.loader import IGNORE, Loader, Rows
 from ..data.sources import parse_sources
 from ..evaluate.perplexity import score_rows, token_losses
 from ..hardware import Device
 from ..run import Run, check_output_dir, quiet_libraries, resolve_model_dir
+from ..verbs import PretrainConfig
 from .build import (
     Job,
     check_config,
@@ -49,16 +50,16 @@ from .overfit import for_overfit
 from .pretrain import _isolate, fit
 
 
-def get_subject(config: PretrainConfig, tier: int, is_data_only: bool = False) -> Subject:
+def get_subject(config: PretrainConfig, tier: int, is_data_only: bool = False, is_start: bool = False) -> Subject:
     """Tokenizer and config for tier 0, data and model from tier 1. Raises UserError as `pretrain` itself would.
 
-    `is_data_only`: what a run would read, without a model, and output_dir may hold a run already.
+    `is_data_only`: what a run would read, without a model. `is_start`: the run starts next, output_dir must be free.
     """
     check_config(config)
     config = for_overfit(config)
     check_engine(engine_kind(), config)
     quiet_libraries()
-    if not config.resume_from_checkpoint and not is_data_only:
+    if is_start and not config.resume_from_checkpoint:
         check_output_dir(Path(config.output_dir))
     sources = parse_sources(config.datasets, "datasets")
     eval_sources = parse_sources(config.eval_datasets, "eval_datasets")

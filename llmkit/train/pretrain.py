@@ -23,7 +23,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..config import PretrainConfig, UserError
+from ..config import UserError
 from ..data.loader import Loader, Rows
 from ..data.sources import parse_sources
 from ..data.tokenizer import bos_id, fingerprint
@@ -33,6 +33,7 @@ from ..hardware import cpu_seconds, detect, peak_memory_bytes, use_threads
 from ..report.console import shard_table
 from ..report.plots import plot_losses
 from ..run import LOST, Result, Run, check_output_dir, command_name, finished_steps, quiet_libraries, stop_signals
+from ..verbs import PretrainConfig
 from .build import (
     Job,
     check_attention,

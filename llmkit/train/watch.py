@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..config import PretrainConfig
 from ..data.tokenizer import bos_id
 from ..evaluate.perplexity import ShardScore, score_rows
+from ..verbs import PretrainConfig
 from .build import Job
 from .monitor import Monitor
 

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from llmkit.align import merge as module
 from llmkit.align.merge import compare, get_logits, main, merge, probe_rows
-from llmkit.config import MergeConfig, UserError
+from llmkit.config import UserError
 from llmkit.data.tokenizer import load_tokenizer
+from llmkit.verbs import MergeConfig
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -10,7 +10,8 @@ from datasets import Dataset
 from helpers import redraw
 
 from llmkit.align.rows import IGNORE, CannotTrain, Labeller, PackedCollator, bad_note, get_data, pack
-from llmkit.config import SftConfig, UserError
+from llmkit.config import UserError
+from llmkit.verbs import SftConfig
 
 
 def settings(**given):

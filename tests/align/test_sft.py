@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmkit import cli, config
 from llmkit.align import sft
 from llmkit.align.watch import Watch
-from llmkit.config import SftConfig, UserError
+from llmkit.config import UserError
 from llmkit.data.template import CHATML
 from llmkit.run import Run
+from llmkit.verbs import SftConfig
 
 pytestmark = pytest.mark.medium
 

@@ -13,7 +13,8 @@ from tiny import bpe_tokenizer, chat_rows, llama
 from llmkit import cli
 from llmkit.check import attach
 from llmkit.check.attach import from_parts
-from llmkit.config import CheckConfig, UserError
+from llmkit.config import UserError
+from llmkit.verbs import CheckConfig
 
 
 @pytest.fixture(scope="module")

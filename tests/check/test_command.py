@@ -10,7 +10,8 @@ import pytest
 
 from llmkit.check.command import run_command
 from llmkit.check.hook import Hook
-from llmkit.config import CheckConfig, UserError
+from llmkit.config import UserError
+from llmkit.verbs import CheckConfig
 
 TESTS = str(Path(__file__).parents[1])
 LINES = f"""

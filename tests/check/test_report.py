@@ -14,7 +14,7 @@ from llmkit.check import formats
 from llmkit.check.console import LONGEST, evidence_line, print_report, visible
 from llmkit.check.page import page, verdict
 from llmkit.check.report import CheckFailed, CheckResult, Report
-from llmkit.config import CheckConfig
+from llmkit.verbs import CheckConfig
 
 SECRET = "the patient's name is Ada"
 NASTY = '<script>alert("x")</script>\n\tif x:  return\r\n\x1b[31mred\x07 [bold]b[/bold] '

@@ -357,7 +357,7 @@ def test_every_check_explains_itself():
 def test_mistakes_in_a_script_on_real_rows_are_caught(mistake, id, monkeypatch):
     """Alpaca rows, a byte BPE trained on them: the mistake's row is shown; the correct script passes everything."""
     from llmkit.check.command import run_command
-    from llmkit.config import CheckConfig
+    from llmkit.verbs import CheckConfig
 
     script = [sys.executable, str(Path(__file__).parent / "real_sft.py"), str(REAL), *filter(None, [mistake])]
     folders = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]

@@ -13,7 +13,8 @@ from llmkit.check import runner, verb
 from llmkit.check.attach import from_parts
 from llmkit.check.report import CheckResult, Report
 from llmkit.check.subject import NotRun
-from llmkit.config import CheckConfig, UserError
+from llmkit.config import UserError
+from llmkit.verbs import CheckConfig
 
 
 def subject(eos: str = "<|im_end|>"):

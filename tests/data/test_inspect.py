@@ -482,10 +482,10 @@ def test_a_recipe_shows_what_its_loader_yields_at_a_step(recipe, tmp_path, capsy
     out = tmp_path / "out.json"
     assert cli.main(["inspect", recipe, "--step", "3", "--num_rows", "2", "--json", str(out)]) == 0
     found = Inspection.from_dict(json.loads(out.read_text()))
-    from llmkit import config
+    from llmkit import config, verbs
     from llmkit.train import preflight
 
-    loader = preflight.get_subject(config.load(config.PretrainConfig, [recipe]), 1, is_data_only=True).training.loader
+    loader = preflight.get_subject(config.load(verbs.PretrainConfig, [recipe]), 1, is_data_only=True).training.loader
     batch = loader.batch(3)
     for row, ids, labels in zip(found.rows, batch["input_ids"].tolist(), batch["shift_labels"].tolist(), strict=False):
         s = row.sequences[0]

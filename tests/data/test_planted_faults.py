@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.config import DataConfig
 from llmkit.data import prepare
+from llmkit.verbs import DataConfig
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 SYLLABLES = "ka lo mi ten ra su vel dor in pa que sto mar le fi on gra ti ber no".split()

@@ -14,12 +14,13 @@ import pytest
 import yaml
 
 from llmkit import cli
-from llmkit.config import DataConfig, UserError
+from llmkit.config import UserError
 from llmkit.data import prepare, stages
 from llmkit.data.shards import open_store
 from llmkit.data.sources import Source, documents
 from llmkit.data.tokenizer import load_tokenizer
 from llmkit.run import Run
+from llmkit.verbs import DataConfig
 
 ROOT = Path(__file__).parents[2]
 WORDS = "a cat sat on the mat while its dog ran past an old red barn and over two low hills to find some shade".split()

@@ -16,8 +16,8 @@ from transformers import Trainer
 from llmkit.align import preflight, rows, sft
 from llmkit.align.trainer import ByToken
 from llmkit.check.subject import Subject
-from llmkit.config import SftConfig
 from llmkit.data.template import CHATML
+from llmkit.verbs import SftConfig
 from planted.plant import plant
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llmkit.check.attach import from_folder, from_parts
 from llmkit.check.subject import Subject
-from llmkit.config import CheckConfig
+from llmkit.verbs import CheckConfig
 from planted.plant import plant
 
 

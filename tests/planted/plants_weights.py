@@ -10,7 +10,7 @@ from tiny import bpe_tokenizer, llama
 
 from llmkit.check.attach import from_folder
 from llmkit.check.subject import Subject
-from llmkit.config import CheckConfig
+from llmkit.verbs import CheckConfig
 from planted.plant import plant
 
 

@@ -7,11 +7,11 @@ import sys
 import torch
 from helpers import random_ids, tiny_model
 
-from llmkit.config import PretrainConfig
 from llmkit.evaluate.perplexity import token_losses
 from llmkit.hardware import detect
 from llmkit.run import quiet_libraries
 from llmkit.train.engines import engine_kind, start_accelerator, start_engine
+from llmkit.verbs import PretrainConfig
 
 quiet_libraries()
 CONFIG = PretrainConfig(per_device_train_batch_size=2, max_grad_norm=0.5, use_cpu=True, adam_epsilon=1e-3)

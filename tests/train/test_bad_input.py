@@ -190,6 +190,7 @@ def test_the_recipe_without_a_mistake_runs_and_a_second_run_leaves_it_alone(work
     before = contents(work)
     assert {"runs/new/model/model.safetensors", "runs/new/result.json"} < set(before)
     assert "output_dir='runs/new': holds another run (model, result.json)" in the_line(["pretrain", path], capsys)
+    assert cli.main(["check", path, "--tier", "0"]) == 0  # which asks what a run would do, and needs no free folder
     assert contents(work) == before
 
 

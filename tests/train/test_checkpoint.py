@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from test_pretrain import RECIPE, ROOT, metrics, run
 
 from llmkit import cli
-from llmkit.config import PretrainConfig, UserError
+from llmkit.config import UserError
 from llmkit.train import build, checkpoint
 from llmkit.train.checkpoint import damage, find_checkpoint
 from llmkit.train.monitor import Monitor
+from llmkit.verbs import PretrainConfig
 
 pytestmark = pytest.mark.medium  # whole runs, a second each
 STEP_4 = "checkpoints/step-00000004"

@@ -23,9 +23,10 @@ from test_pretrain import RECIPE, ROOT, metrics, run
 from warm_ranks import WarmRanks
 
 from llmkit import launch
-from llmkit.config import PretrainConfig, UserError, read_recipe
+from llmkit.config import UserError, read_recipe
 from llmkit.train.checkpoint import damage
 from llmkit.train.engines import Engine, Fsdp2, check_engine, engine_kind, start_engine
+from llmkit.verbs import PretrainConfig
 
 KEYS = {"lr_scheduler_type": "constant", "warmup_steps": 2, "save_steps": 4}  # no schedule that depends on max_steps
 ENGINES = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]

@@ -310,8 +310,8 @@ def test_a_nan_in_layer_3s_mlp_is_named_before_the_update_and_its_batch_is_kept(
 @pytest.mark.parametrize("optim", ["muon", "adamw_torch_fused"])
 def test_masked_updates_equal_updates_that_were_not_made(optim):
     """What a GPU does without waiting: found_inf = 1 leaves weights and state as they are, 0 changes nothing."""
-    from llmkit.config import PretrainConfig
     from llmkit.train.optim import build_optimizer
+    from llmkit.verbs import PretrainConfig
 
     results = []
     for flags in ((None, None), (0.0, 1.0, 0.0)):

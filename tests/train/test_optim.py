@@ -8,7 +8,7 @@ import torch
 from helpers import random_ids, tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from llmkit.config import PretrainConfig, UserError
+from llmkit.config import UserError
 from llmkit.train.optim import (
     Muon,
     build_optimizer,
@@ -18,6 +18,7 @@ from llmkit.train.optim import (
     set_learning_rate,
     split_parameters,
 )
+from llmkit.verbs import PretrainConfig
 
 SHAPES = [(16, 48), (48, 16), (16, 48), (24, 24), (1, 8), (8, 1)]  # wide, tall, both of one size, square, vectors
 

@@ -9,9 +9,10 @@ import pytest
 from train.test_pretrain import RECIPE
 
 from llmkit import config
-from llmkit.config import PretrainConfig, SftConfig, UserError
+from llmkit.config import UserError
 from llmkit.train import pretrain
 from llmkit.train.overfit import floor_of, for_overfit, unique_from
+from llmkit.verbs import PretrainConfig, SftConfig
 
 
 def test_a_document_is_asked_from_where_no_other_begins_like_it():

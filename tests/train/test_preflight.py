@@ -9,16 +9,16 @@ import torch
 import yaml
 from train.test_pretrain import RECIPE
 
-from llmkit import cli, config
+from llmkit import cli, verbs
 from llmkit.check.subject import same_random_state, without_dropout
 from llmkit.data.loader import IGNORE
 from llmkit.train import preflight
 
 
 @pytest.fixture
-def recipe(tmp_path) -> config.PretrainConfig:
+def recipe(tmp_path) -> verbs.PretrainConfig:
     keys = {"output_dir": str(tmp_path / "run"), "store_dir": str(tmp_path / "data")} | RECIPE
-    return config.PretrainConfig(**keys)
+    return verbs.PretrainConfig(**keys)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_evaluation_does_not_depend_on_the_batch(subject):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def write(recipe: config.PretrainConfig, folder: Path, **keys) -> str:
+def write(recipe: verbs.PretrainConfig, folder: Path, **keys) -> str:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(dataclasses.asdict(dataclasses.replace(recipe, **keys))))
     return str(path)
@@ -99,8 +99,8 @@ def test_a_run_begins_with_tier_0_and_keeps_the_report(recipe, tmp_path, capsys)
 
 
 def test_a_failed_check_keeps_a_run_from_starting_unless_skipped(recipe, tmp_path, capsys, monkeypatch):
-    def broken(*args):
-        subject = get_subject(*args)
+    def broken(*args, **options):
+        subject = get_subject(*args, **options)
         subject.config.vocab_size = 9
         return subject
 

@@ -15,7 +15,7 @@ import yaml
 from helpers import redraw, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmkit import cli, config
+from llmkit import cli, config, verbs
 from llmkit.data.toyworld import document
 from llmkit.deploy.generate import opens_with_bos
 from llmkit.evaluate.perplexity import token_losses
@@ -287,7 +287,7 @@ def test_a_store_made_by_datatrove_trains_unchanged(tmp_path):
     "path", sorted((ROOT / "recipes").glob("*/pretrain*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}"
 )
 def test_every_recipe_builds_and_trains_shrunk(path, tmp_path):
-    settings = config.load(config.PretrainConfig, [str(path)])
+    settings = config.load(verbs.PretrainConfig, [str(path)])
     recipe = {key: value for key, value in yaml.safe_load(path.read_text()).items()}
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     recipe |= {
