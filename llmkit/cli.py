@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[str, type, str]] = {
     "inspect": ("data.inspect_verb", verbs.InspectConfig, "show what the model will really see, token by token"),
     "pretrain": ("train.pretrain", verbs.PretrainConfig, "train a causal LM from scratch, or go on training one"),
     "sft": ("align.sft", verbs.SftConfig, "tune any causal LM on instructions: full, LoRA, QLoRA, DoRA"),
+    "eval": ("evaluate.verb", verbs.EvalConfig, "compare models side by side: tasks, perplexity, regression prompts"),
     "merge": ("align.merge", verbs.MergeConfig, "write adapter and base as one plain model, checked"),
     "generate": ("deploy.generate", verbs.GenerateConfig, "continue a prompt, streaming"),
     "export": ("deploy.export", verbs.ExportConfig, "write a plain Qwen3 or Llama folder that needs no llmkit"),

@@ -159,6 +159,17 @@ def _git_commit() -> str | None:
         return None
 
 
+def whence(stage: str) -> dict[str, Any]:
+    """How any manifest begins: what was called, when, with which versions of what."""
+    return {
+        "stage": stage,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": versions(),
+        "git_commit": _git_commit(),
+    }
+
+
 def command_name() -> str:
     """How to call llmkit from here: the bare name where it is on the PATH."""
     if shutil.which("llmkit"):
@@ -377,16 +388,7 @@ class Run:
                         cut_log(folder / name, resume_step)
                 (folder / "result.json").unlink(missing_ok=True)  # of a run that goes on, or had failed
                 (folder / "recipe.yaml").write_text(config.dump(settings), encoding="utf-8")
-                manifest = {
-                    "stage": stage,
-                    "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-                    "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                    "versions": versions(),
-                    "git_commit": _git_commit(),
-                    **past,
-                    **facts,
-                }
-                write_json(folder / "manifest.json", manifest)
+                write_json(folder / "manifest.json", {**whence(stage), **past, **facts})
                 while HANDED_OVER:
                     name, text = HANDED_OVER.popitem()
                     (folder / name).write_text(text, encoding="utf-8")

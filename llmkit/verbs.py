@@ -255,6 +255,43 @@ class MergeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Compare models side by side: tasks of lm-eval, perplexity of raw text, regression prompts; paired, item by item.
+
+    llmkit eval RUN|DIR|HUB_ID ... [--tasks gsm8k,hellaswag] [--key value ...]
+    llmkit eval recipe.yaml RUN|DIR|HUB_ID ... [--key value ...]
+    """
+
+    models: list = option([], "run folders, model folders or Hub ids, a column each: parents first")
+    output_dir: str = option("runs/eval", "what was found, per item; an evaluation that was cut short goes on there")
+    # tasks
+    tasks: str | list = option([], "lm-eval's names (tasks, groups, tags), ours, or the sets core, full, toyworld")
+    data_dir: str | None = option(None, "folder with local data of stock tasks, as TASK_test.jsonl; null: the Hub")
+    include_path: str | None = option(None, "folder with task definitions of your own (.yaml)")
+    num_fewshot: int | None = option(None, "examples before the question; null: as the task says")
+    limit: int | None = option(None, "items of each task, for a first look; the figures are then of those alone")
+    gen_kwargs: dict = option({}, "generation settings over the task's own, e.g. {max_gen_toks: 128}")
+    allow_code_execution: bool = option(False, "run what the model wrote (humaneval), shut off from this machine")
+    # how the models are asked
+    apply_chat_template: bool | None = option(
+        None, "null: tasks that generate are asked as chats where every model can be; true: all tasks; false: none"
+    )
+    system_instruction: str | None = option(None, "system prompt of every question")
+    # raw text
+    eval_datasets: list = option([], "validation shards: list of {path, data_files, ..., shard}; null: of the runs")
+    window: int | None = option(None, "tokens of context in perplexity; null: the smallest context among the models")
+    # regression prompts
+    regression: str | None = option(None, "a regression.yaml: prompts with what their answers must be")
+    accept: bool = option(False, "record today's answers to the regression prompts as the right ones")
+    # how it runs
+    batch_size: int = option(16, "rows per forward pass")
+    max_length: int | None = option(None, "tokens of context; null: what the model has")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "of the weights; auto: as stored")
+    trust_remote_code: bool = option(False, "run the code that comes with a model")
+    use_cpu: bool = option(False, "stay on the CPU even where there is an accelerator")
+
+
+@dataclasses.dataclass(frozen=True)
 class GenerateConfig:
     """Continue a prompt; the text streams as it is written."""
 

@@ -90,6 +90,14 @@ def parse_sources(entries: list, key: str) -> list[Source]:
     return sources
 
 
+def eval_shard_names(eval_sources: list[Source]) -> list[str]:
+    """Raises UserError when two shards have one name."""
+    names = [source.shard or source.name or f"validation{i}" for i, source in enumerate(eval_sources)]
+    if len(set(names)) < len(names):
+        raise UserError(f"eval_datasets: shard names {names} are not all different; set `shard:` on each")
+    return names
+
+
 def parse_split(split: str, where: str) -> tuple[str, str | None, str | None]:
     """`train[:90%]` -> ("train", None, "90%")."""
     match = re.fullmatch(r"(\w+)(?:\[(\d+%?)?:(\d+%?)?\])?", split)

@@ -27,3 +27,38 @@ def shard_table(shards: dict[str, dict[str, Any]], ngram_order: int | None) -> T
             cells.append(f"{s['closed']:.1%}" if "closed" in s else "")
         table.add_row(name, *cells)
     return table
+
+
+def comparison_table(comparison: dict[str, Any]) -> Table:
+    """Tasks, groups and shards of comparison.json against columns; beside a value its error, and what was lost."""
+    names = [column["name"] for column in comparison["columns"]]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("", "metric", "items"):
+        table.add_column(title, justify="left" if title != "items" else "right")
+    rows = [*comparison["tasks"], *comparison["groups"], *comparison["shards"]]
+    against = {pair["column"]: pair["against"] for row in rows for pair in row["pairs"]}
+    for name in names:
+        table.add_column(name, justify="right")
+        if name in against:
+            table.add_column(f"- {against[name]}")
+    for row in [*comparison["tasks"], *comparison["groups"]]:
+        table.add_row(row["name"], row["metric"], f"{row['num_items']:,}", *_cells(row, names, against, "value"))
+    for row in comparison["shards"]:
+        entropy = f" (true {row['entropy']:.4f})" if row["entropy"] is not None else ""
+        cells = _cells(row, names, against, "loss")
+        table.add_row(row["name"], f"nats/token{entropy}", f"{row['num_documents']:,}", *cells)
+    return table
+
+
+def _cells(row: dict[str, Any], names: list[str], against: dict[str, str], what: str) -> list[str]:
+    """A value and its error for each column; behind it, where it is compared, the difference and what it means."""
+    pairs = {pair["column"]: pair for pair in row["pairs"]}
+    cells = []
+    for name in names:
+        score = row["scores"][name]
+        text = "-" if score[what] is None else f"{score[what]:.4f}"
+        cells.append(text + (f" ±{score['stderr']:.4f}" if score["stderr"] is not None else ""))
+        if name in against:
+            pair = pairs.get(name)
+            cells.append(f"{pair['difference']:+.4f} {pair['flag'] or 'same'}" if pair else "no paired test")
+    return cells

@@ -35,7 +35,7 @@ from ..config import UserError
 from ..data.encode import NAME
 from ..data.loader import Loader, Rows
 from ..data.shards import Store, build_store, open_store
-from ..data.sources import Source, describe, documents, source_fingerprint
+from ..data.sources import Source, describe, documents, eval_shard_names, source_fingerprint
 from ..data.tokenizer import bos_id, fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
 from ..hardware import Device
 from ..run import Run, resolve_model_dir, written_beside
@@ -219,14 +219,6 @@ def get_store(
         return build_store(
             documents(source, data_dir), tokenizer, folder, source_hash, where, lambda n: progress.advance(task, n)
         )
-
-
-def eval_shard_names(eval_sources: list[Source]) -> list[str]:
-    """Raises UserError when two shards have one name."""
-    names = [source.shard or source.name or f"validation{i}" for i, source in enumerate(eval_sources)]
-    if len(set(names)) < len(names):
-        raise UserError(f"eval_datasets: shard names {names} are not all different; set `shard:` on each")
-    return names
 
 
 def get_rows(

@@ -25,7 +25,7 @@ from ..check.attach import builder
 from ..check.subject import LabelledRow, NotApplicable, Schedule, Step, Subject, Trace
 from ..config import UserError
 from ..data.loader import IGNORE, Loader, Rows
-from ..data.sources import parse_sources
+from ..data.sources import eval_shard_names, parse_sources
 from ..evaluate.perplexity import score_rows, token_losses
 from ..hardware import Device
 from ..run import Run, check_output_dir, quiet_libraries, resolve_model_dir
@@ -34,7 +34,6 @@ from .build import (
     Job,
     check_config,
     check_vocabulary,
-    eval_shard_names,
     flops_per_token,
     folders,
     fresh_config,

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..config import UserError
 from ..data.loader import Loader, Rows
-from ..data.sources import parse_sources
+from ..data.sources import eval_shard_names, parse_sources
 from ..data.tokenizer import bos_id, fingerprint
 from ..evaluate.ngram import NgramModel
 from ..evaluate.perplexity import ShardScore, token_losses
@@ -40,7 +40,6 @@ from .build import (
     check_config,
     check_disk,
     check_prompts,
-    eval_shard_names,
     flops_per_token,
     folders,
     get_model,
