@@ -184,14 +184,14 @@ def _number(given: Any) -> tuple[float, float]:
 # ---- the judgement
 
 FIGURE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?"
-NUMBER = re.compile(rf"(?<![\w.])(?P<sign>(?<![\w.)])[-\u2212])?(?P<figure>{FIGURE})(?:/(?P<below>{FIGURE}))?")
+NUMBER = re.compile(rf"(?<![\w.])(?P<sign>(?<![\w.)])[-\u2212])?(?P<figure>{FIGURE})(?:/(?P<below>{FIGURE}))?(?!\.?\d)")
 
 
 def last_number(text: str) -> float | None:
     """The last number of a text, None without one.
 
     1,234.5 is one number and so is 3/4 (0.75); "7, 8" and "1,2" are two. A minus counts where no word or number stands
-    before it: -3 and "is -3", but 3 in "10-3". Digits that go on from letters (H2O) are no number.
+    before it: -3 and "is -3", but 3 in "10-3". Digits behind letters (H2O) are no number, nor is 1.2.3.
     """
     found = None
     for found in NUMBER.finditer(text):  # noqa: B007

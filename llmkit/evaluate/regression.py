@@ -242,7 +242,7 @@ def _details(prompt: dict[str, Any], answer: dict[str, Any]) -> Iterator[tuple[s
         yield "note", Text(answer["note"], "yellow")
     for failed in answer["failed"]:
         if failed != answer["note"]:
-            yield "expected", Text(visible(failed), "red")
+            yield "expected", Text(printable(failed), "red")
     if not answer["changed"]:
         yield "answer", Text(visible(answer["answer"]) or "(nothing)")
         return
@@ -270,5 +270,11 @@ def word_diff(old: str, new: str) -> Text:
 def _near_changes(tokens: list[str], has_before: bool, has_after: bool) -> str:
     """Words and the blanks between them, less those far from a change."""
     first, last = 2 * KEPT_WORDS * has_before, 2 * KEPT_WORDS * has_after
-    parts = [tokens[:first], tokens[len(tokens) - last :]] if len(tokens) > first + last else [tokens]
-    return " … ".join(printable("".join(part).translate(ESCAPES)) for part in parts).lstrip(" " * (not first))
+    if len(tokens) <= first + last or not first + last:
+        return _escaped(tokens)
+    head, tail = _escaped(tokens[:first]), _escaped(tokens[len(tokens) - last :])
+    return f"{head.rstrip()} … " * bool(head) + "… " * (not head) + tail.lstrip()
+
+
+def _escaped(tokens: list[str]) -> str:
+    return printable("".join(tokens).translate(ESCAPES))
