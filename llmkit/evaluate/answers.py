@@ -156,8 +156,8 @@ def generate(
     limit = context_of(model)
     room = max_new_tokens if limit is None else max(1, min(max_new_tokens, limit - width))
     out = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=room, pad_token_id=pad,
-        eos_token_id=sorted(ends) or None, **GREEDY | decoding,
+        input_ids=ids, attention_mask=mask, max_new_tokens=room, pad_token_id=pad, eos_token_id=sorted(ends),
+        **GREEDY | decoding,
     )  # fmt: skip
     texts = []
     for new in out[:, width:].tolist():

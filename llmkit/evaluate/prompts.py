@@ -212,7 +212,7 @@ def judge(prompt: Prompt, answer: str) -> list[str]:
                 failed.append(said(key, expected))
         elif key == "numeric":
             number, (value, tolerance) = last_number(answer), expected
-            # a rounding error is no error: 0.1 + 0.2 is 0.3
+            # a rounding error is no error: 0.4 is within 0.1 of 0.3
             if number is None or not abs(number - value) <= tolerance + 1e-9 * abs(value):
                 failed.append(f"{said(key, expected)} (found {'none' if number is None else f'{number:g}'})")
         else:

@@ -168,7 +168,7 @@ def some_prompts() -> list[Prompt]:
 
 
 def test_an_answer_depends_on_no_other_prompt_and_on_no_earlier_draw():
-    model, tokenizer, prompts = sharp_model(), tiny.bpe_tokenizer(), some_prompts()
+    model, tokenizer, prompts = sharp_model(attention_dropout=0.5).train(), tiny.bpe_tokenizer(), some_prompts()
     together = answer_prompts(model, tokenizer, prompts)
     torch.manual_seed(99)
     assert answer_prompts(model, tokenizer, prompts[::-1]) == together
@@ -327,7 +327,7 @@ def test_the_last_number(text, expected):
         ({"numeric": (9.0, 0.0)}, "9 and 8", ["numeric: 9 (found 8)"]),
         ({"numeric": (3.0, 0.5)}, "3.5", []),
         ({"numeric": (3.0, 0.5)}, "3.51", ["numeric: 3 ± 0.5 (found 3.51)"]),
-        ({"numeric": (0.3, 0.0)}, "3/10", []),
+        ({"numeric": (0.3, 0.1)}, "2/5", []),
         ({"numeric": (9.0, 0.0)}, "nine", ["numeric: 9 (found none)"]),
         ({"numeric": (0.0, 1.0)}, "1/0", ["numeric: 0 ± 1 (found nan)"]),
         ({"exact": ["a"], "contains": ["a", "b"]}, "b", ["exact: a", "contains: a"]),
@@ -405,6 +405,12 @@ def test_outcomes_say_what_passed_and_what_changed(tmp_path):
     assert total["answers"]["base"]["passed"] is True
     base = long["answers"]["base"]  # no answer is no pass, and is a change from an answer
     assert (base["passed"], base["changed"], base["failed"]) == (False, True, [base["note"]])
+
+
+def test_a_prompt_that_no_longer_fits_is_a_change_even_from_an_empty_answer(tmp_path):
+    record(tmp_path / "r.yaml", "sft", {"long": Reply("")})
+    (found,) = outcomes(tmp_path / "r.yaml", PROMPTS[2:], {"sft": {"long": NOT_ASKED}})["prompts"]
+    assert found["answers"]["sft"]["recorded"] == "" and found["answers"]["sft"]["changed"]
 
 
 def shown(found: dict, **options) -> str:
