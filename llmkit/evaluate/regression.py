@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -47,15 +48,14 @@ class Reply:
 def answer_prompts(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> dict[str, Reply]:
     """name -> reply, each prompt asked alone. Mode and cache of the model and torch's random state come back.
 
-    Raises UserError for a chat where there is no template, or one that the template refuses.
+    Raises UserError for a chat without a template, one that the template refuses, and a text without a token.
     """
     asked = [(prompt, _ids_of(prompt, tokenizer)) for prompt in prompts]  # all, so that a refusal costs no answers
     ends = ends_of(model, tokenizer)
+    ends_of_turn = ends | turn_ends(tokenizer) if tokenizer.chat_template else ends
     with answering(model):
         return {
-            prompt.name: _answer(
-                model, tokenizer, prompt, ids, ends | (turn_ends(tokenizer) if prompt.messages else set())
-            )
+            prompt.name: _answer(model, tokenizer, prompt, ids, ends_of_turn if prompt.messages else ends)
             for prompt, ids in asked
         }
 
@@ -64,8 +64,11 @@ def _ids_of(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if prompt.prompt is not None:
         ids = list(tokenizer(prompt.prompt)["input_ids"])
         # some tokenizers close every text, and there would be nothing to go on with
-        is_closed = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
-        return ids[:-1] if is_closed and not prompt.prompt.endswith(str(tokenizer.eos_token)) else ids
+        is_closed = bool(ids) and ids[-1] == tokenizer.eos_token_id
+        ids = ids[:-1] if is_closed and not prompt.prompt.endswith(str(tokenizer.eos_token)) else ids
+        if not ids:
+            raise UserError(f"prompt {prompt.name!r}: {prompt.prompt!r} has no token in this vocabulary; change it")
+        return ids
     if not tokenizer.chat_template:
         raise UserError(
             f"prompt {prompt.name!r} is a chat (messages), and the tokenizer has no chat template; "
@@ -187,13 +190,13 @@ def show(found: dict[str, Any], console: Console) -> None:
     """A line for every prompt; then what failed, and of what changed old, new and the words that differ."""
     prompts = found["prompts"]
     columns = list(prompts[0]["answers"])
-    width = max(len(prompt["name"]) for prompt in prompts)
+    width = max(cell_len(printable(prompt["name"])) for prompt in prompts)
     cells = {(p["name"], column): _cell(p["answers"][column]) for p in prompts for column in columns}
     widths = {column: max(len(column), *(len(cells[p["name"], column]) for p in prompts)) for column in columns}
     _line(console, Text(f"regression  {found['file']}, {len(prompts)} prompts", style="bold"))
     _line(console, Text("  " + " " * width + "".join(f"  {c:<{widths[c]}}" for c in columns), style="dim"))
     for p in prompts:
-        line = Text(f"  {p['name']:<{width}}")
+        line = Text("  " + set_cell_size(printable(p["name"]), width))
         for column in columns:
             text = cells[p["name"], column]
             style = "red" if text.startswith("FAIL") else "yellow" if "changed" in text else "green"
@@ -231,7 +234,7 @@ def _show_details(column: str, prompts: list[dict[str, Any]], console: Console) 
         answer = prompt["answers"][column]
         if answer["passed"] and not answer["changed"]:
             continue
-        _line(console, Text(f"\n{prompt['name']}, {column}", style="bold"))
+        _line(console, Text(f"\n{printable(prompt['name'])}, {column}", style="bold"))
         for label, text in _details(prompt, answer):
             _line(console, Text(f"  {label:<8}  ", "dim").append_text(text))
 

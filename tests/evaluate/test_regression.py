@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from rich.console import Console
-from tokenizers import processors
+from tokenizers import normalizers, processors
 
 from llmkit.config import UserError
 from llmkit.evaluate.answers import score_answers
@@ -168,9 +168,10 @@ def some_prompts() -> list[Prompt]:
 
 
 def test_an_answer_depends_on_no_other_prompt_and_on_no_earlier_draw():
-    model, tokenizer, prompts = sharp_model(attention_dropout=0.5).train(), tiny.bpe_tokenizer(), some_prompts()
+    model, tokenizer, prompts = sharp_model(attention_dropout=0.5), tiny.bpe_tokenizer(), some_prompts()
     together = answer_prompts(model, tokenizer, prompts)
     torch.manual_seed(99)
+    model.train()  # nor on dropout
     assert answer_prompts(model, tokenizer, prompts[::-1]) == together
     assert {p.name: answer_prompts(model, tokenizer, [p])[p.name] for p in prompts} == together
     assert together["chat"] != together["other-seed"] and together["greedy"] != together["sampled"]
@@ -258,6 +259,10 @@ def test_a_tokenizer_that_closes_every_text_does_not_close_the_prompt():
         single="$A </s>", special_tokens=[("</s>", closing.eos_token_id)]
     )
     assert closing("The")["input_ids"][-1] == closing.eos_token_id
+    nothing = Prompt("blank", ANY, prompt="\u200b")
+    closing.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    with pytest.raises(UserError, match=r"prompt 'blank': '\\u200b' has no token in this vocabulary"):
+        answer_prompts(tiny.llama(), closing, [nothing])
     asked = [Prompt("a", ANY, prompt="The red cat", max_new_tokens=6)]
     model = sharp_model()
     assert answer_prompts(model, closing, asked) == answer_prompts(model, tokenizer, asked)
@@ -463,8 +468,19 @@ def test_brackets_and_escape_codes_of_an_answer_are_shown_and_not_obeyed(tmp_pat
     replies = {"sft": {"a": Reply("[bold]x[/bold] \x1b[31m")}}
     found = outcomes(tmp_path / "r.yaml", [Prompt("a", {"exact": ["[b]"]}, prompt="[i]p")], replies)
     text = shown(found)
+    assert text.splitlines()[2] == "  a  FAIL, new"
     assert "[bold]x[/bold] \\x1b[31m" in text and "exact: [b]" in text and "[i]p" in text
     assert "none accepted yet (--accept)" in text
+
+
+def test_columns_stand_below_one_another_also_behind_wide_letters(tmp_path):
+    prompts = [Prompt(name, {"exact": ["x"]}, prompt="p") for name in ("東京", "abc\x1b")]
+    replies = {"sft": {prompt.name: Reply("x") for prompt in prompts}}
+    assert shown(outcomes(tmp_path / "r.yaml", prompts, replies)).splitlines()[1:4] == [
+        "           sft",
+        "  東京     ok, new",
+        "  abc\\x1b  ok, new",
+    ]
 
 
 @pytest.mark.parametrize(
