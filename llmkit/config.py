@@ -115,14 +115,12 @@ for _yaml in (_Loader, _Dumper):
 T = TypeVar("T")
 
 
-def read_recipe(path: Path) -> dict:
-    """The keys of a recipe; raises UserError naming file and line when it is not flat YAML."""
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds; raises UserError naming file and line when it is not YAML."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe; `ls recipes/*/` lists the ones that come with llmkit") from None
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); expected a YAML recipe") from None
+        raise UserError(f"{path}: cannot be read ({error}); expected a YAML file") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
@@ -131,6 +129,13 @@ def read_recipe(path: Path) -> dict:
         raise UserError(
             f"{path}:{where} is not valid YAML ({getattr(error, 'problem', error)}); mend that line"
         ) from None
+
+
+def read_recipe(path: Path) -> dict:
+    """The keys of a recipe; raises UserError naming file and line when it is not flat YAML."""
+    if not path.exists():
+        raise UserError(f"{path}: no such recipe; `ls recipes/*/` lists the ones that come with llmkit")
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds {type(values).__name__}, expected `key: value` lines")
     return values

@@ -59,3 +59,18 @@ def test_a_model_that_repeats_the_answer_is_right(monkeypatch):
     model.lm_head.bias.data[tokenizer.eos_token_id] = 1.0
     rows = [{"messages": [USER, {"role": "assistant", "content": ""}]}, {"messages": [USER, ANSWER]}]
     assert [a.is_exact for a in score_answers(model, tokenizer, rows, 2, 4).answers] == [True, False]
+
+
+def test_answers_are_greedy_whatever_the_models_own_settings_say():
+    """A generation_config.json with a repetition penalty or with beams used to change them."""
+    model, tokenizer, rows = tiny.llama(seed=7).eval(), tiny.bpe_tokenizer(), tiny.chat_rows(3)
+    before = score_answers(model, tokenizer, rows, 4, 12).answers
+    vars(model.generation_config).update(repetition_penalty=9.0, num_beams=3, no_repeat_ngram_size=1)
+    assert score_answers(model, tokenizer, rows, 4, 12).answers == before
+
+
+def test_a_model_that_names_no_end_goes_on_to_the_limit():
+    model, tokenizer = tiny.llama().eval(), tiny.bpe_tokenizer(eos_token=None)
+    model.generation_config.eos_token_id = None
+    (found,) = score_answers(model, tokenizer, tiny.chat_rows(1), 1, 4).answers
+    assert not found.ended
