@@ -15,6 +15,7 @@ import numpy as np
 from ..run import versions
 from .measure import read_samples
 from .paired import compare
+from .regression import Reply, outcomes, record
 
 VERSION = 1
 
@@ -43,7 +44,18 @@ def compare_columns(job: Any, results: dict[str, dict[str, Any]]) -> dict[str, A
         "tasks": [row for unit in job.units for row in _tasks(job, results, names, pairs, unit)],
         "groups": [row for unit in job.units for row in _groups(job, results, names, pairs, unit)],
         "shards": [_shard(job, results, names, pairs, name) for name in job.shards],
+        **({"regression": _regression(job, results)} if job.prompts else {}),
     }
+
+
+def _regression(job: Any, results: dict[str, Any]) -> dict[str, Any]:
+    kept = {column.name: results[column.name]["regression"]["replies"] for column in job.columns}
+    replies = {column: {name: Reply(**reply) for name, reply in found.items()} for column, found in kept.items()}
+    found = outcomes(Path(job.config.regression), job.prompts, replies)
+    if job.config.accept:
+        for column, answers in replies.items():
+            record(Path(job.config.regression), column, answers)
+    return found
 
 
 def _column(job: Any, column: Any, results: dict[str, Any]) -> dict[str, Any]:

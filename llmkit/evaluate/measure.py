@@ -6,6 +6,7 @@ A result is kept under a key of all that decides it: the model's bytes, the task
 out what the figures mean beside another column's (comparison.py).
 """
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -20,6 +21,7 @@ from ..data.sources import describe, documents
 from ..run import write_json, write_text
 from . import harness, task_index
 from .columns import Column
+from .regression import answer_prompts
 from .texts import score_texts
 
 
@@ -59,7 +61,9 @@ def measure(job: Any, column: Column) -> dict[str, Any]:
     texts = {name: _texts(job, name) for name in job.shards}
     shard_keys = {name: _hash([job.window, column.fingerprint, *rows[0]]) for name, rows in texts.items()}
     shards = [name for name in texts if results["shards"].get(name, {}).get("key") != shard_keys[name]]
-    if not units and not shards:
+    prompts_key = _hash([column.fingerprint, job.asking.hashes.get(column.name), job.config.dtype, job.prompts])
+    needs_replies = bool(job.prompts) and results.get("regression", {}).get("key") != prompts_key
+    if not units and not shards and not needs_replies:
         job.console.print(f"{column.name:<12} all there already", markup=False)
         return results
     model = job.load(column)
@@ -76,6 +80,11 @@ def measure(job: Any, column: Column) -> dict[str, Any]:
         write_json(place / "results.json", results)
     for name in shards:
         results["shards"][name] = {"key": shard_keys[name], **_score_shard(job, column, model, name, *texts[name])}
+        write_json(place / "results.json", results)
+    if needs_replies:
+        replies = answer_prompts(model, job.tokenizers[column.name], job.prompts)
+        kept = {name: dataclasses.asdict(reply) for name, reply in replies.items()}
+        results["regression"] = {"key": prompts_key, "replies": kept}
         write_json(place / "results.json", results)
     journal.close()
     return results

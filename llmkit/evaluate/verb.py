@@ -35,6 +35,7 @@ from .asking import Asking, decide
 from .columns import Column, find_columns, lineage, manifest_of
 from .comparison import compare_columns
 from .measure import check_owner, measure
+from .regression import Prompt, load_prompts, show
 
 CONTEXT = 2048  # where a model's config says nothing, as lm-eval
 
@@ -55,6 +56,7 @@ class Job:
     manager: Any  # lm-eval's
     shards: dict[str, tuple[Source, Path]]
     window: int
+    prompts: list[Prompt]  # of the regression file
 
     def load(self, column: Column) -> Any:
         """The model of a column, in eval mode. Raises UserError."""
@@ -82,7 +84,7 @@ class Job:
 
 
 def main(config: EvalConfig) -> int:
-    """Raises UserError."""
+    """1 where an answer to a regression prompt is neither what is expected nor what was accepted. Raises UserError."""
     started = time.perf_counter()
     quiet_libraries()
     with tempfile.TemporaryDirectory() as work:
@@ -92,9 +94,18 @@ def main(config: EvalConfig) -> int:
     comparison = compare_columns(job, results)
     write_json(job.folder / "comparison.json", comparison)
     job.console.print()
-    job.console.print(comparison_table(comparison))
+    if job.units or job.shards:
+        job.console.print(comparison_table(comparison))
+    if job.prompts:
+        show(comparison["regression"], job.console)
     _finish(job, comparison, time.perf_counter() - started)
-    return 0
+    return int(bool(job.prompts) and not config.accept and has_regressed(comparison["regression"]))
+
+
+def has_regressed(found: dict[str, Any]) -> bool:
+    """Some answer is not the accepted one, or fails and was never accepted."""
+    answers = [answer for prompt in found["prompts"] for answer in prompt["answers"].values()]
+    return any(answer["changed"] or (not answer["passed"] and answer["recorded"] is None) for answer in answers)
 
 
 def prepare(config: EvalConfig, work: Path) -> Job:
@@ -128,6 +139,7 @@ def prepare(config: EvalConfig, work: Path) -> Job:
         manager=_manager(config, units, work),
         shards=shards,
         window=min([config.window or trained_length or 1024, *lengths.values()]),
+        prompts=load_prompts(Path(config.regression)) if config.regression else [],
     )
 
 
