@@ -68,7 +68,6 @@ NOT_PASSED_ON = {
     "shuffle_dataset": "nothing: rows are shuffled anew in every epoch, by data_seed",
     "eval_packing": "packing",
     "padding_free": "packing: true",
-    "load_best_model_at_end": "nothing: model/ is the last step, checkpoints/ has the others",
     "remove_unused_columns": "nothing",
     "do_train": "nothing",
     "do_eval": "eval_datasets",

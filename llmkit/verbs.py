@@ -77,6 +77,11 @@ class PretrainConfig:
     logging_steps: int = option(10, "steps between lines of metrics.jsonl")
     eval_steps: int | None = option(None, "steps between evaluations on every shard; null: at the end only")
     eval_on_start: bool = option(False, "evaluate before the first step too")
+    eval_tasks: str | list = option([], "tasks of `llmkit eval` to ask at every evaluation too, e.g. [toyworld_recall]")
+    eval_tasks_limit: int | None = option(100, "items of each of them; null: all")
+    load_best_model_at_end: bool = option(False, "model/ is the best step by metric_for_best_model, not the last")
+    metric_for_best_model: str | None = option(None, "a figure of the evaluations: stories_loss, toyworld_recall_acc")
+    greater_is_better: bool | None = option(None, "of that figure; null: not for losses, else yes")
     per_device_eval_batch_size: int = option(32, "rows per forward pass of an evaluation")
     ngram_order: int | None = option(None, "also score a count model with this many tokens of context on every shard")
     save_steps: int | None = option(None, "steps between checkpoints; null: none, model/ at the end")
@@ -215,6 +220,11 @@ class SftConfig:
     logging_steps: int = option(10, "steps between lines of metrics.jsonl")
     eval_steps: int | None = option(None, "steps between evaluations on every shard; null: at the end only")
     eval_on_start: bool = option(False, "evaluate before the first step too")
+    eval_tasks: str | list = option([], "tasks of `llmkit eval` to ask at every evaluation too, e.g. [toyworld_recall]")
+    eval_tasks_limit: int | None = option(100, "items of each of them; null: all")
+    load_best_model_at_end: bool = option(False, "model/ is the best step by metric_for_best_model, not the last")
+    metric_for_best_model: str | None = option(None, "a figure of the evaluations: stories_loss, toyworld_recall_acc")
+    greater_is_better: bool | None = option(None, "of that figure; null: not for losses, else yes")
     per_device_eval_batch_size: int = option(16, "rows per forward pass of an evaluation")
     eval_answers: int = option(
         0, "rows of every shard answered greedily at the end, compared with theirs word for word"
@@ -261,6 +271,8 @@ class EvalConfig:
     llmkit eval RUN|DIR|HUB_ID ... [--tasks gsm8k,hellaswag] [--key value ...]
     llmkit eval recipe.yaml RUN|DIR|HUB_ID ... [--key value ...]
     """
+
+    WORDS: typing.ClassVar[str] = "models"
 
     models: list = option([], "run folders, model folders or Hub ids, a column each: parents first")
     output_dir: str = option("runs/eval", "what was found, per item; an evaluation that was cut short goes on there")

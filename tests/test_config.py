@@ -18,11 +18,12 @@ OURS = {
     "model_type", "config_overrides", "tokenizer_name", "tokenizer_type", "vocab_size", "datasets", "eval_datasets",
     "data_dir", "store_dir", "document_isolation", "muon_learning_rate", "muon_momentum", "ngram_order",
     "sample_prompts", "sample_max_new_tokens", "accelerate_config", "num_processes",
-    "skip_checks", "check_ignore", "overfit",
+    "skip_checks", "check_ignore", "overfit", "eval_tasks", "eval_tasks_limit",
 }  # fmt: skip
 OURS_IN_SFT = {
     "overfit", "datasets", "eval_datasets", "data_dir", "test_split_size", "max_bad_rows", "eval_answers",
-    "max_new_tokens", "skip_checks", "check_ignore", "accelerate_config", "num_processes", "passed_on",
+    "max_new_tokens", "skip_checks", "check_ignore", "accelerate_config", "num_processes", "passed_on", "eval_tasks",
+    "eval_tasks_limit",
 }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from . import lora
 BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
     (
         "max_length per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps "
-        "eval_steps save_steps save_total_limit max_new_tokens overfit",
+        "eval_steps save_steps save_total_limit max_new_tokens overfit eval_tasks_limit",
         lambda v: v >= 1,
         "1 or more",
     ),
@@ -48,6 +48,8 @@ BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
 ]
 # keys, when they count, why they do not otherwise
 DEPENDENT: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("eval_tasks_limit", lambda c: bool(c.eval_tasks), "without eval_tasks"),
+    ("greater_is_better", lambda c: c.load_best_model_at_end, "without load_best_model_at_end: true"),
     ("packing_strategy", lambda c: c.packing, "without packing: true"),
     ("save_total_limit", lambda c: c.save_steps is not None, "without save_steps"),
     ("num_train_epochs", lambda c: c.max_steps == 0, "with max_steps"),
@@ -250,6 +252,7 @@ OWN |= {
     "bf16",
 }
 OWN |= {"gradient_checkpointing", "resume_from_checkpoint", "lr_scheduler_kwargs", "eval_on_start"}
+OWN |= {"load_best_model_at_end", "metric_for_best_model", "greater_is_better"}
 
 
 def trl_arguments(cls: Any, config: Any, device: Device, kind: str, **more: Any) -> Any:

@@ -29,6 +29,7 @@ from ..config import UserError
 from ..data.sources import parse_sources
 from ..data.tokenizer import fingerprint
 from ..evaluate.answers import AnswerScore, score_answers
+from ..evaluate.in_training import TaskScorer
 from ..hardware import Device, cpu_seconds, detect, use_threads
 from ..report.console import shard_table
 from ..report.plots import plot_losses
@@ -42,10 +43,12 @@ from ..run import (
     quiet_libraries,
     stop_signals,
 )
+from ..train.best import Best, check_best
 from ..train.build import VOLATILE, flops_per_token
 from ..train.checkpoint import Checkpoint, check_same, clear_the_way, find_checkpoint
 from ..train.engines import engine_kind
 from ..train.overfit import LEARNT, for_overfit, verdict
+from ..train.watch import start_scorer
 from ..verbs import SftConfig
 from .build import Template, check_config, get_model, get_tokenizer, load_model, trl_arguments
 from .lora import is_quantized, train_in_float32
@@ -68,6 +71,7 @@ class Job:
     data: Data
     trainer: Any  # align/trainer.py
     started: float
+    scorer: TaskScorer | None = None
 
 
 def main(config: SftConfig) -> Result:
@@ -153,7 +157,10 @@ def prepare(config: SftConfig, console: Console, started: float = 0.0) -> Job:
     for key, value in data.settings.items():  # the rows are labelled already: for whoever reads the settings
         setattr(trainer.args, key, value)
     trainer.remove_callback(PrinterCallback)  # which prints dictionaries
-    return Job(config, device, kind, console, tokenizer, template, data, trainer, started)
+    scorer = start_scorer(config, tokenizer, kind)
+    figures = [f"{name}_loss" for name in data.shards] + (scorer.figures() if scorer else [])
+    check_best(config, figures, kind in ("zero3", "fsdp2"))
+    return Job(config, device, kind, console, tokenizer, template, data, trainer, started, scorer)
 
 
 def _mean_length(data: Data, config: SftConfig) -> float:
@@ -253,7 +260,11 @@ def fit(job: Job, run: Run, same: dict[str, Any], checkpoint: Checkpoint | None)
     with stop_signals(is_rank=world > 1) as asked:
         told = job.data.facts["train"]
         slack = 0.002 * told["rows"] / told["trained_tokens"] if config.overfit else None  # two answers in 1,000 wrong
-        watch = Watch(run, job.console, config, same, asked, until_learnt=slack)
+        best = None
+        if config.load_best_model_at_end:
+            resume_step = checkpoint.step if checkpoint else None
+            best = Best(run.folder, str(config.metric_for_best_model), config.greater_is_better, resume_step)
+        watch = Watch(run, job.console, config, same, asked, slack, job.scorer, best)
         trainer.add_callback(watch)
         if checkpoint:  # TRL counts tokens from the start of the process
             before = json.loads((checkpoint.folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
@@ -270,17 +281,36 @@ def fit(job: Job, run: Run, same: dict[str, Any], checkpoint: Checkpoint | None)
         job.console.print(f"stopped   by a signal at step {step:,} of {trainer.state.max_steps:,}, checkpoint saved")
         job.console.print(f"go on     {command_name()} sft {run.folder}/recipe.yaml --resume_from_checkpoint true")
         return run.finish(_result(job, run, "stopped", {}, {}))
+    if best:
+        _take_best(job, best)
     model_dir = save_model(trainer, job.tokenizer, run, job.console, lambda: load_model(config))
-    return _finish(job, run, model_dir)
+    return _finish(job, run, model_dir, best)
 
 
-def _finish(job: Job, run: Run, model_dir: Path) -> Result:
+def _take_best(job: Job, best: Best) -> None:
+    """The best weights of the run in place of the last ones. Every rank calls."""
+    trainer, step = job.trainer, job.trainer.state.global_step
+    if trainer.eval_dataset and not any(_has_losses(row, job) for row in trainer.state.log_history[-2:]):
+        trainer.evaluate()  # of the last step: it may be the best
+    trainer.accelerator.wait_for_everyone()
+    best.read(step)  # rank 0 wrote it
+    best.restore(trainer.accelerator.unwrap_model(trainer.model))
+    trainer.accelerator.wait_for_everyone()
+    job.console.print(f"best      step {best.step:,}: {best.metric} {best.value:.4f}")
+
+
+def _finish(job: Job, run: Run, model_dir: Path, best: Best | None = None) -> Result:
     """Losses of every shard, answers, result.json; says what came out and what to do next."""
     shards = {}
     if job.trainer.eval_dataset:
         last = job.trainer.state.log_history[-2:]  # the end of training logs a line of its own
         done = [row for row in last if row.get("step") == job.trainer.state.global_step and _has_losses(row, job)]
-        metrics = done[-1] if done else job.trainer.evaluate()
+        if best:  # the weights are not those of the last step
+            metrics = {
+                f"eval_{n}_loss": job.trainer._loss_per_token(rows) for n, rows in job.trainer.eval_dataset.items()
+            }
+        else:
+            metrics = done[-1] if done else job.trainer.evaluate()
         shards = {
             name: {"loss": metrics[f"eval_{name}_loss"], "bits_per_byte": None, "entropy": None, "gap_stderr": None}
             for name in job.data.shards
@@ -299,9 +329,13 @@ def _finish(job: Job, run: Run, model_dir: Path) -> Result:
     if job.config.overfit and scores and scores["overfit"].exact_match < LEARNT:
         status = "failed"
     result = _result(job, run, status, shards, scores, model_dir)
+    if best:
+        result.metrics.update({"best_step": best.step, f"best_{best.metric}": best.value})
     if not run.is_main:
         return result
     run.finish(result)
+    if best:
+        best.remove()
     say = job.console.print
     if shards:
         say(shard_table(shards, None))

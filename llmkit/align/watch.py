@@ -22,7 +22,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import UserError
+from ..evaluate.in_training import TaskScorer
 from ..run import Run
+from ..train.best import Best
 from ..train.checkpoint import seal_checkpoint
 
 
@@ -37,9 +39,11 @@ class Watch(TrainerCallback):
         identity: dict[str, Any],
         asked: Callable[[], bool] = lambda: False,
         until_learnt: float | None = None,
+        scorer: TaskScorer | None = None,
+        best: Best | None = None,
     ):
         self.run, self.console, self.config, self.identity = run, console, config, identity
-        self.asked, self.until_learnt = asked, until_learnt
+        self.asked, self.until_learnt, self.scorer, self.best = asked, until_learnt, scorer, best
         self.bar: Progress | None = None
         self.started = time.perf_counter()
         self.window: tuple[float, float] | None = None  # time and tokens at the last log
@@ -94,18 +98,32 @@ class Watch(TrainerCallback):
         ):  # no terminal: about ten lines
             self.console.print(f"step {done:>6,}/{state.max_steps:,}  {note}")
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float], model: Any = None, **kwargs: Any
+    ) -> None:
+        if self.best and self.run.is_main:
+            self.best.see(state.global_step, metrics, model)
         losses = "  ".join(f"{k[5:-5]} {v:.4f}" for k, v in metrics.items() if k.endswith("_loss"))
         if losses:
             self.console.print(f"eval {state.global_step:>6,}/{state.max_steps:,}  {losses}")
 
     # the end
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.bar:
             self.bar.update(self.bar.task_ids[0], completed=state.global_step)
+        is_due = state.global_step == state.max_steps or state.global_step % (self.config.eval_steps or math.inf) == 0
+        if self.scorer and is_due and self.run.is_main:
+            self._score_tasks(self.scorer, state, model)
         if _any_rank(self.asked()):
             self.is_stopped = control.should_save = control.should_training_stop = True
+
+    def _score_tasks(self, scorer: TaskScorer, state: Any, model: Any) -> None:
+        figures = scorer.score(model)
+        self.run.log({"step": state.global_step} | {f"eval_{name}": value for name, value in figures.items()})
+        self.console.print(f"tasks {state.global_step:>5,}/{state.max_steps:,}  {scorer.headline(figures)}")
+        if self.best:
+            self.best.see(state.global_step, figures, model)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.until_learnt is not None and self.logged and _is_learnt(self.logged, self.until_learnt):

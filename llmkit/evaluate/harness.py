@@ -10,11 +10,13 @@ Requests reach the model in lm-eval's own order and batches, so figures are thos
 tasks there are (task_index.py) and what is made of their scores.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,10 +184,16 @@ def _hash(salt: str, asked: Any) -> str:
     return hashlib.sha256(f"{salt}{json.dumps(asked)}".encode()).hexdigest()
 
 
+def quiet() -> None:
+    """What lm-eval says about things that are decided here."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
 def make_lm(
     name: str, model: Any, tokenizer: Any, batch_size: int, max_length: int | None, journal: Journal, salt: str
 ) -> Any:
     """lm-eval's model around one in memory. `salt` says in the journal which model it is and how it is asked."""
+    quiet()
     from lm_eval.models.huggingface import HFLM
 
     lm = type("Lm", (Journaled, HFLM), {})(
@@ -195,9 +203,13 @@ def make_lm(
     return lm
 
 
-def prepare_tasks(tasks: dict[str, Any], lm: Any, num_fewshot: int | None, gen_kwargs: dict[str, Any]) -> None:
-    """Few-shot examples and generation settings as lm-eval's command line sets them. Raises UserError for what cannot
-    fit into the model's context."""
+def prepare_tasks(
+    tasks: dict[str, Any], lm: Any, num_fewshot: int | None, gen_kwargs: dict[str, Any], end_of_turn: str = ""
+) -> None:
+    """Few-shot examples and generation settings as lm-eval's command line sets them; chats stop at the end of the turn.
+
+    Raises UserError for what cannot fit into the model's context.
+    """
     for name, task in tasks.items():
         own = task.get_config("num_fewshot")
         if num_fewshot is None:
@@ -206,6 +218,11 @@ def prepare_tasks(tasks: dict[str, Any], lm: Any, num_fewshot: int | None, gen_k
             task.set_config(key="num_fewshot", value=num_fewshot)
         task.set_fewshot_seed(seed=OTHER_SEED)
         if task.get_config("output_type") == "generate_until":
+            if end_of_turn:
+                until = (task.config.generation_kwargs or {}).get("until") or []
+                until = [until] if isinstance(until, str) else until
+                more = {"until": [*dict.fromkeys([*until, end_of_turn])]}
+                task.set_config(key="generation_kwargs", value=more, update=True)
             if gen_kwargs:
                 task.set_config(key="generation_kwargs", value=dict(gen_kwargs), update=True)
             wanted = (task.config.generation_kwargs or {}).get("max_gen_toks", lm.max_gen_toks)
@@ -219,22 +236,35 @@ def prepare_tasks(tasks: dict[str, Any], lm: Any, num_fewshot: int | None, gen_k
 def run(
     lm: Any, loaded: dict[str, Any], is_chat: bool, limit: int | None, system: str | None, allows_code: bool
 ) -> dict[str, Any]:
-    """lm-eval's results of loaded and prepared tasks, samples included."""
+    """lm-eval's results of loaded and prepared tasks, samples included. Random generators and mode come back."""
     import lm_eval
     import lm_eval.api.task
 
     lm_eval.api.task.tqdm = lambda rows, **_: rows  # its bars; ours shows the whole
-    random.seed(SEED)
-    np.random.seed(OTHER_SEED)
-    torch.manual_seed(OTHER_SEED)
-    return lm_eval.evaluate(
-        lm=lm,
-        task_dict=loaded,
-        limit=limit,
-        bootstrap_iters=BOOTSTRAPS,
-        log_samples=True,
-        system_instruction=system,
-        apply_chat_template=is_chat,
-        fewshot_as_multiturn=True,
-        confirm_run_unsafe_code=allows_code,
-    )
+    with _seeded(lm.device):
+        return lm_eval.evaluate(
+            lm=lm,
+            task_dict=loaded,
+            limit=limit,
+            bootstrap_iters=BOOTSTRAPS,
+            log_samples=True,
+            system_instruction=system,
+            apply_chat_template=is_chat,
+            fewshot_as_multiturn=True,
+            confirm_run_unsafe_code=allows_code,
+        )
+
+
+@contextlib.contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """lm-eval's seeds inside, everybody's generators as they were afterwards."""
+    own, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        random.seed(SEED)
+        np.random.seed(OTHER_SEED)
+        torch.manual_seed(OTHER_SEED)
+        try:
+            yield
+        finally:
+            random.setstate(own)
+            np.random.set_state(arrays)

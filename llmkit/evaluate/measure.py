@@ -147,13 +147,8 @@ def _ask(job: Any, column: Column, lm: Any, loaded: dict[str, Any]) -> dict[str,
 def _pass(job: Any, column: Column, lm: Any, tasks: dict[str, Any], is_chat: bool) -> tuple[dict[str, Any], float]:
     """lm-eval's results, samples kept, and its seconds."""
     config = job.config
-    end = job.asking.ends.get(column.name) if is_chat else ""
-    for task in tasks.values() if end else []:
-        if task.OUTPUT_TYPE == "generate_until":
-            until = (task.config.generation_kwargs or {}).get("until") or []
-            until = [until] if isinstance(until, str) else until
-            task.set_config(key="generation_kwargs", value={"until": [*dict.fromkeys([*until, end])]}, update=True)
-    harness.prepare_tasks(tasks, lm, config.num_fewshot, config.gen_kwargs)
+    end = job.asking.ends.get(column.name, "") if is_chat else ""
+    harness.prepare_tasks(tasks, lm, config.num_fewshot, config.gen_kwargs, end)
     lm.num_cut = Counter()
     started = time.perf_counter()
     with job.progress(column.name) as lm.tell:

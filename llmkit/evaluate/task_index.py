@@ -9,12 +9,12 @@ Leaves out asking the model (harness.py).
 
 import difflib
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..config import UserError
+from .harness import quiet
 
 OURS = Path(__file__).parent / "tasks"
 SETS = {  # quick: minutes on one GPU; full: what papers compare
@@ -40,7 +40,7 @@ def make_manager(names: list[str], include_path: str | None, data_dir: Path | No
     The stock index (14,000 tasks) takes seconds and is read only where it is needed. `work` gets the definitions that
     point at local files. Raises UserError for unknown names.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    quiet()
     from lm_eval.tasks import TaskManager
 
     if include_path and not Path(include_path).is_dir():

@@ -37,9 +37,11 @@ from ..data.loader import Loader, Rows
 from ..data.shards import Store, build_store, open_store
 from ..data.sources import Source, describe, documents, eval_shard_names, source_fingerprint
 from ..data.tokenizer import bos_id, fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
+from ..evaluate.in_training import TaskScorer
 from ..hardware import Device
 from ..run import Run, resolve_model_dir, written_beside
 from ..verbs import PretrainConfig
+from .best import Best
 from .engines import Engine
 
 BPE_SAMPLE_CHARACTERS = 50_000_000  # taken from all sources in turn, document by document
@@ -62,13 +64,16 @@ class Job:
     can_isolate: bool
     identity: dict[str, Any]
     started: float
+    scorer: TaskScorer | None = None
+    best: Best | None = None
 
 
 # keys, what their value must be, how to say it
 BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
     (
         "max_length per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps "
-        "eval_steps save_steps save_total_limit sample_max_new_tokens ngram_order lora_r lora_alpha overfit",
+        "eval_steps save_steps save_total_limit sample_max_new_tokens ngram_order lora_r lora_alpha overfit "
+        "eval_tasks_limit",
         lambda v: v >= 1,
         "1 or more",
     ),
@@ -85,6 +90,8 @@ BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
 
 # keys, when they count, why they do not otherwise
 DEPENDENT: list[tuple[str, Callable[[PretrainConfig], bool], str]] = [
+    ("eval_tasks_limit", lambda c: bool(c.eval_tasks), "without eval_tasks"),
+    ("greater_is_better", lambda c: c.load_best_model_at_end, "without load_best_model_at_end: true"),
     ("model_type config_overrides", lambda c: not c.model_name_or_path, "with model_name_or_path"),
     ("tokenizer_type", lambda c: not c.model_name_or_path and not c.tokenizer_name, "with a given tokenizer"),
     ("lora_r lora_alpha lora_dropout lora_target_modules", lambda c: c.use_peft, "without use_peft: true"),

@@ -34,6 +34,7 @@ from ..report.console import shard_table
 from ..report.plots import plot_losses
 from ..run import LOST, Result, Run, check_output_dir, command_name, finished_steps, quiet_libraries, stop_signals
 from ..verbs import PretrainConfig
+from .best import Best, check_best
 from .build import (
     Job,
     check_attention,
@@ -61,7 +62,7 @@ from .engines import check_engine, engine_kind, start_accelerator, start_engine
 from .monitor import Monitor, NotFinite, first_not_finite
 from .optim import lr_factor, planned_rates, set_learning_rate
 from .overfit import for_overfit, judge_overfit
-from .watch import evaluate, progress_bar, say_progress, start_tracker, track
+from .watch import evaluate, progress_bar, say_progress, score_shards, start_scorer, start_tracker, take_best, track
 
 # in the errors of gloo and NCCL when a process at the other end is gone
 LOST_CONTACT = ("closed by peer", "reset by peer", "connection refused", "remote process exited")
@@ -100,6 +101,9 @@ def main(config: PretrainConfig) -> Result:
     with accelerator.main_process_first():
         train_rows, shards = get_rows(config, sources, eval_sources, tokenizer, console)
 
+    scorer = start_scorer(config, tokenizer, kind)
+    figures = [f"{name}_{what}" for name in shards for what in ("loss", "bits_per_byte")]
+    check_best(config, figures + (scorer.figures() if scorer else []), kind in ("zero3", "fsdp2"))
     if config.overfit:
         train_rows = [train_rows[0].first(config.overfit)]
     rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
@@ -141,8 +145,10 @@ def main(config: PretrainConfig) -> Result:
         engine = start_engine(accelerator, kind, model, config, device.bf16)
         job = Job(
             config, device, engine, console, run, tokenizer, loader, shards, max_steps, model_flops, can_isolate,
-            must_match, started,
+            must_match, started, scorer,
         )  # fmt: skip
+        if config.load_best_model_at_end:
+            job.best = Best(folder, str(config.metric_for_best_model), config.greater_is_better, resume_step)
         _announce(job, train_rows, kind)
         if config.resume_from_checkpoint:
             _say_resume(console, checkpoint, changed)
@@ -327,9 +333,12 @@ def fit(job: Job, checkpoint: Checkpoint | None = None) -> Result:
             if stops and not is_last_step:
                 return _stop(job, path, progress(), monitor)
         with paused():  # a signal now is too late: the run is done
+            if job.best:
+                evaluate(job, job.max_steps, monitor, tracker)
+                take_best(job)
             save_run_model(engine, job.tokenizer, run.folder)
     at = progress()
-    scores = evaluate(job, job.max_steps, monitor, tracker)
+    scores = score_shards(job) if job.best else evaluate(job, job.max_steps, monitor, tracker)
     if tracker:
         tracker.finish()
     return _finish(job, scores, at, monitor)
@@ -449,6 +458,7 @@ def _result(job: Job, status: str, shards: dict[str, Any], at: Progress, monitor
             "num_skipped_steps": monitor.num_skipped,
             "num_alerts": monitor.num_alerts,
             "num_parameters": job.engine.num_parameters()[0],
+            **({"best_step": job.best.step, f"best_{job.best.metric}": job.best.value} if job.best else {}),
         },
     )
 

@@ -8,6 +8,7 @@ Leaves out the loop.
 """
 
 import contextlib
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..config import UserError
 from ..data.tokenizer import bos_id
+from ..evaluate.in_training import TaskScorer
 from ..evaluate.perplexity import ShardScore, score_rows
 from ..verbs import PretrainConfig
 from .build import Job
@@ -42,8 +45,40 @@ def say_progress(job: Job, progress: Progress, done: int, note: str) -> None:
 def evaluate(job: Job, step: int, monitor: Monitor, tracker: Any) -> dict[str, ShardScore]:
     """Every shard and the samples; training's random numbers are not touched. Every rank calls."""
     engine = job.engine
+    scores = score_shards(job)
+    monitor.see_scores(step, scores)
+    samples = []
+    if engine.rank == 0 or engine.is_sharded:  # sharded weights: every rank takes part in every forward pass
+        samples = [write_sample(job, prompt) for prompt in job.config.sample_prompts]
+    row: dict[str, Any] = {"step": step}
+    for name, score in scores.items():
+        row[f"eval_{name}_loss"] = score.loss
+        row[f"eval_{name}_bits_per_byte"] = score.bits_per_byte
+    if engine.rank == 0:
+        tasks = score_tasks(job)
+        row |= {f"eval_{name}": value for name, value in tasks.items()}
+        row["samples"] = samples
+        job.run.log(row)
+        if job.best:
+            job.best.see(step, row, engine.bare_model)
+        track(tracker, row)
+        losses = "  ".join(f"{name} {score.loss:.4f}" for name, score in scores.items())
+        if losses:
+            job.console.print(f"eval {step:>6,}/{job.max_steps:,}  {losses}")
+        if tasks and job.scorer:
+            job.console.print(f"tasks {step:>5,}/{job.max_steps:,}  {job.scorer.headline(tasks)}")
+        for sample in row["samples"]:
+            job.console.print(
+                f"  sample  {json.dumps(sample, ensure_ascii=False)[1:-1]}", style="dim", markup=False, soft_wrap=True
+            )
+    return scores
+
+
+def score_shards(job: Job) -> dict[str, ShardScore]:
+    """Every shard with the weights as they are. Every rank calls."""
+    engine = job.engine
     with engine.autocast():
-        scores = {
+        return {
             name: score_rows(
                 engine.bare_model,
                 rows,
@@ -54,26 +89,37 @@ def evaluate(job: Job, step: int, monitor: Monitor, tracker: Any) -> dict[str, S
             )
             for name, rows in job.shards.items()
         }
-    monitor.see_scores(step, scores)
-    samples = []
-    if engine.rank == 0 or engine.is_sharded:  # sharded weights: every rank takes part in every forward pass
-        samples = [write_sample(job, prompt) for prompt in job.config.sample_prompts]
-    row: dict[str, Any] = {"step": step}
-    for name, score in scores.items():
-        row[f"eval_{name}_loss"] = score.loss
-        row[f"eval_{name}_bits_per_byte"] = score.bits_per_byte
-    if engine.rank == 0:
-        row["samples"] = samples
-        job.run.log(row)
-        track(tracker, row)
-        losses = "  ".join(f"{name} {score.loss:.4f}" for name, score in scores.items())
-        if losses:
-            job.console.print(f"eval {step:>6,}/{job.max_steps:,}  {losses}")
-        for sample in row["samples"]:
-            job.console.print(
-                f"  sample  {json.dumps(sample, ensure_ascii=False)[1:-1]}", style="dim", markup=False, soft_wrap=True
-            )
-    return scores
+
+
+def start_scorer(config: Any, tokenizer: Any, kind: str) -> TaskScorer | None:
+    """For `eval_tasks`; None without. Raises UserError."""
+    if not config.eval_tasks:
+        return None
+    if kind in ("zero3", "fsdp2"):
+        raise UserError(f"eval_tasks={config.eval_tasks!r}: not under {kind}, where no rank has the whole model")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(f"eval_tasks={config.eval_tasks!r} needs lm-eval: `pip install 'llmkit[eval]'`")
+    size, place = config.per_device_eval_batch_size, Path(config.data_dir)
+    return TaskScorer(config.eval_tasks, tokenizer, place, config.eval_tasks_limit, size)
+
+
+def score_tasks(job: Job) -> dict[str, float]:
+    if not job.scorer:
+        return {}
+    with job.engine.autocast():
+        return job.scorer.score(job.engine.bare_model)
+
+
+def take_best(job: Job) -> None:
+    """The best weights of the run in place of the last ones. Every rank calls."""
+    assert job.best is not None
+    job.engine.accelerator.wait_for_everyone()
+    job.best.read(job.max_steps)  # rank 0 wrote it
+    job.best.restore(job.engine.bare_model)
+    job.engine.accelerator.wait_for_everyone()
+    if job.engine.rank == 0:
+        job.best.remove()
+    job.console.print(f"best      step {job.best.step:,}: {job.best.metric} {job.best.value:.4f}")
 
 
 @contextlib.contextmanager
