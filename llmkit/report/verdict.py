@@ -122,12 +122,13 @@ def findings(figures: Figures) -> list[dict[str, str]]:
         rest = f"; and {len(rows) - SHOWN_LOSSES} more" if len(rows) > SHOWN_LOSSES else ""
         say("fail", f"{name} lost against {rows[0][1]['against']}: {'; '.join(shown)}{rest}", "", "benchmarks")
     for evaluation in evals:
-        for prompt, name in failing(evaluation):
-            say("fail", f"{name} fails the regression prompt {prompt['name']}", "", "prompts")
-        failed = [(prompt["name"], name) for prompt, name in failing(evaluation)]
-        for prompt, name in changed(evaluation):
-            if (prompt["name"], name) not in failed:
-                say("warn", f"{name} answers {prompt['name']} otherwise than recorded", "", "prompts")
+        failed = failing(evaluation)
+        said = {(prompt["name"], name) for prompt, name in failed}
+        for name, prompts in _by_column(failed).items():
+            say("fail", f"{name} fails {_prompts(prompts)}", "", "prompts")
+        otherwise = [(prompt, name) for prompt, name in changed(evaluation) if (prompt["name"], name) not in said]
+        for name, prompts in _by_column(otherwise).items():
+            say("warn", f"{name} answers {_prompts(prompts)} otherwise than recorded", "", "prompts")
     for s in stages:
         for kind in s["alerts"]["kinds"]:
             first = kind["said"][0]
@@ -139,6 +140,20 @@ def findings(figures: Figures) -> list[dict[str, str]]:
             ids = [c["id"] for c in s["check"]["found"] if c["status"] == "fail"]
             say("fail", f"{s['name']} was trained although {_and(ids)} failed", "", "checks")
     return sorted(found + _doubts(figures), key=lambda one: one["mark"] != "fail")
+
+
+def _by_column(found: list[tuple[Figures, str]]) -> dict[str, list[str]]:
+    columns: dict[str, list[str]] = {}
+    for prompt, name in found:
+        columns.setdefault(name, []).append(prompt["name"])
+    return columns
+
+
+def _prompts(names: list[str]) -> str:
+    """the regression prompt a; 5 regression prompts: a, b, c, ..."""
+    if len(names) == 1:
+        return f"the regression prompt {names[0]}"
+    return f"{len(names):,} regression prompts ({', '.join(names[:SHOWN_LOSSES])}{', …' * (len(names) > SHOWN_LOSSES)})"
 
 
 def _doubts(figures: Figures) -> list[dict[str, str]]:

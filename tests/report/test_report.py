@@ -185,6 +185,23 @@ def test_a_failing_prompt_counts_at_the_end_of_the_chain_or_where_the_parent_pas
         assert [line.split(":")[0] for line in lines_] == expected
 
 
+def test_prompts_are_named_once_for_each_stage_and_first_among_what_fails(root):
+    found = [one["what"] for one in report(root)["findings"] if one["at"] == "prompts"]
+    dpo = "dpo answers the regression prompt count otherwise than recorded"
+    assert found == ["grpo fails the regression prompt where", dpo]
+
+    def fail_more(found):
+        answer = {"answer": "", "passed": False, "recorded": "x", "changed": True}
+        found["regression"]["prompts"] = [
+            {"name": f"p{i}", "answers": {"dpo": dict(answer), "grpo": dict(answer)}} for i in range(5)
+        ]
+
+    change(root, fail_more)
+    found = [one["what"] for one in report(root)["findings"] if one["at"] == "prompts"]
+    every = "5 regression prompts (p0, p1, p2, p3, …)"
+    assert found == [f"grpo fails {every}", f"dpo answers {every} otherwise than recorded"]
+
+
 def test_old_and_new_answers_stand_beside_each_other_with_what_differs(root):
     shown = alone(page(report(root)), "prompts")
     assert "<p>old</p><pre" in shown and "the Esk</pre><p>new</p>" in shown
