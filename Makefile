@@ -7,7 +7,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_DISABLE_TELEMETRY := 1
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: help setup setup-all tokenizer-toy check-toy inspect-toy check-report data-toy data-medium pretrain-toy sft-toy overfit-toy generate-toy export-toy pretrain-shakespeare-char adapt-lora clean-toy lint format test test-fast test-all
+.PHONY: help setup setup-all tokenizer-toy check-toy inspect-toy check-report data-toy data-medium pretrain-toy sft-toy overfit-toy report-toy generate-toy export-toy pretrain-shakespeare-char adapt-lora clean-toy lint format test test-fast test-all
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -74,6 +74,9 @@ sft-toy: $(VENV)/all runs/toy/pretrain/model  ## tune the toy model on instructi
 
 overfit-toy: $(VENV)/all runs/toy/pretrain/model  ## before that: 1,000 answers must be learnt by heart
 	$(BIN)/llmkit sft recipes/toy/sft.yaml --overfit 1000
+
+report-toy: $(VENV)/core  ## every stage of the toy model on one page: runs/toy/report.html
+	$(BIN)/llmkit report runs/toy
 
 runs/toy/pretrain/model:
 	$(MAKE) pretrain-toy

@@ -1,8 +1,8 @@
 """The front desk: `llmkit <verb> recipe.yaml --key value`; a verb has one word or two.
 
-Owns the verb table, the checks before a training verb, and the exit codes: 0 done, 1 crashed or a check failed, 2 the
-user's mistake (one line), 3 a check could not run, 130 interrupted, 141 when nobody reads the output any more
-(`llmkit help x | head -1`).
+Owns the verb table, the checks before a training verb, and the exit codes: 0 done, 1 crashed, a check failed or a
+stage got worse, 2 the user's mistake (one line), 3 a check could not run, 130 interrupted, 141 when nobody reads the
+output any more (`llmkit help x | head -1`).
 Leaves out everything heavy: a verb's module is imported when the verb runs.
 """
 
@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[str, type, str]] = {
     "pretrain": ("train.pretrain", verbs.PretrainConfig, "train a causal LM from scratch, or go on training one"),
     "sft": ("align.sft", verbs.SftConfig, "tune any causal LM on instructions: full, LoRA, QLoRA, DoRA"),
     "eval": ("evaluate.verb", verbs.EvalConfig, "compare models side by side: tasks, perplexity, regression prompts"),
+    "report": ("report.report", verbs.ReportConfig, "every stage on one page: gained, lost, curves, alarms, lineage"),
     "merge": ("align.merge", verbs.MergeConfig, "write adapter and base as one plain model, checked"),
     "generate": ("deploy.generate", verbs.GenerateConfig, "continue a prompt, streaming"),
     "export": ("deploy.export", verbs.ExportConfig, "write a plain Qwen3 or Llama folder that needs no llmkit"),

@@ -9,6 +9,7 @@ The command line wins over the recipe. Leaves out what a value means: the verb t
 
 import dataclasses
 import difflib
+import json
 import re
 import types
 import typing
@@ -200,10 +201,17 @@ def _fits_theirs(value: Any, hint: Any) -> bool:
         return True
 
 
-def parse_args(argv: list[str]) -> tuple[Path | None, dict[str, str]]:
-    """Splits the words after the verb into a recipe and raw overrides: `--key value`, `--key=value`, `key=value`."""
+def parse_args(argv: list[str], cls: Any = None) -> tuple[Path | None, dict[str, str]]:
+    """Splits the words after the verb into a recipe and raw overrides: `--key value`, `--key=value`, `key=value`.
+
+    A config class with WORDS, the name of a list, takes any number of plain words: they become that key. A recipe then
+    is a .yaml, and a switch takes no word behind it but true or false (`--fail_on_regression runs/toy`).
+    """
     recipe: str | None = None
     raw: dict[str, str] = {}
+    taken: list[str] = []
+    takes_words = getattr(cls, "WORDS", None)
+    switches = {key for key, hint in typing.get_type_hints(cls).items() if hint is bool} if takes_words else set()
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -211,9 +219,14 @@ def parse_args(argv: list[str]) -> tuple[Path | None, dict[str, str]]:
             key, equals, value = word[2:].partition("=")
             if not equals:
                 has_value = bool(words) and not words[0].startswith("--")
+                if has_value and key.replace("-", "_") in switches:
+                    has_value = words[0] in ("true", "false")
                 value = words.pop(0) if has_value else "true"
-        elif "=" in word and not (word.endswith((".yaml", ".yml")) and Path(word).is_file()):
+        elif "=" in word and not (Path(word).is_file() if word.endswith((".yaml", ".yml")) else _is_there(word, cls)):
             key, _, value = word.partition("=")
+        elif takes_words and not (word.endswith((".yaml", ".yml")) and recipe is None):
+            taken.append(word)
+            continue
         elif recipe is None:
             recipe = word
             continue
@@ -228,7 +241,16 @@ def parse_args(argv: list[str]) -> tuple[Path | None, dict[str, str]]:
             raise UserError(f"--{key} is given twice; keep one")
         else:
             raw[key] = value
+    if taken and takes_words in raw:
+        raise UserError(f"--{takes_words} and the word {taken[0]!r}; name them in one way")
+    if taken:
+        raw[str(takes_words)] = json.dumps(taken, ensure_ascii=False)  # a list of YAML, too
     return (Path(recipe) if recipe else None), raw
+
+
+def _is_there(word: str, cls: Any) -> bool:
+    """A folder with an equals sign in its name, among words that name folders."""
+    return hasattr(cls, "WORDS") and Path(word).exists()
 
 
 def _set_nested(values: dict, path: list[str], value: Any, key: str) -> None:
@@ -250,7 +272,7 @@ def _set_nested(values: dict, path: list[str], value: Any, key: str) -> None:
 
 def load(cls: type[T], argv: list[str], verb: str = "pretrain") -> T:
     """The verb's config from recipe and command line; raises UserError for anything unknown or of a wrong type."""
-    recipe, raw = parse_args(argv)
+    recipe, raw = parse_args(argv, cls)
     values = read_recipe(recipe) if recipe else {}
     origin = dict.fromkeys(values, str(recipe))
     every = typing.get_type_hints(cls)

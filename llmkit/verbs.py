@@ -304,6 +304,24 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """Every stage on one page: what each gained and lost against its parent, curves, alarms, and where it came from.
+
+    llmkit report RUN ... [--html report.html] [--json report.json] [--fail_on_regression]
+    """
+
+    WORDS: typing.ClassVar[str] = "runs"
+
+    runs: list = option([], "run folders, eval folders, or a folder that holds some: runs/toy")
+    html: str | None = option(None, "page to write; null: report.html in the folder that all of them share")
+    json: str | None = option(None, "write the figures there")
+    fail_on_regression: bool = option(
+        False,
+        "exit 1 where a stage lost more than the noise against its parent, or a regression prompt fails or has changed",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class GenerateConfig:
     """Continue a prompt; the text streams as it is written."""
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import re
+import typing
 from pathlib import Path
 
 import pytest
 import yaml
 
 from llmkit.cli import VERBS
-from llmkit.config import RENAMED, UserError, describe, dump, load
+from llmkit.config import RENAMED, UserError, describe, dump, load, option
 from llmkit.verbs import ExportConfig, GenerateConfig, PretrainConfig, SftConfig
 
 FILES = (Path(__file__).parent.parent / "recipes").glob("*/*.yaml")
@@ -237,3 +238,32 @@ def test_help_says_required_only_of_what_is():
     assert required(PretrainConfig) == ["output_dir"]
     assert required(GenerateConfig) == ["model_name_or_path"]  # an empty prompt is a prompt
     assert required(ExportConfig) == ["model_name_or_path", "output_dir"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TakesWords:
+    WORDS: typing.ClassVar[str] = "runs"
+
+    runs: list = option([], "folders")
+    is_strict: bool = option(False, "a switch")
+    name: str = option("", "a text")
+
+
+def test_a_verb_may_take_any_number_of_plain_words(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b").mkdir()
+    (tmp_path / "r.yaml").write_text("name: x\nruns: [old]\n")
+    for argv, expected in (
+        (["a", "b/c"], TakesWords(["a", "b/c"])),
+        (["--is_strict", "a", "--name", "n", "b"], TakesWords(["a", "b"], True, "n")),
+        (["--is-strict", "false", "a"], TakesWords(["a"])),
+        (["r.yaml", "a"], TakesWords(["a"], name="x")),
+        (["a", "--config", "r.yaml"], TakesWords(["a"], name="x")),
+        (["r.yaml"], TakesWords(["old"], name="x")),
+        (["a=b", "name=n"], TakesWords(["a=b"], name="n")),
+        (["1", "é 😀", 'q"'], TakesWords(["1", "é 😀", 'q"'])),
+        (["--runs", "[a, b]"], TakesWords(["a", "b"])),
+    ):
+        assert load(TakesWords, argv) == expected
+    with pytest.raises(UserError, match="--runs and the word 'b'"):
+        load(TakesWords, ["--runs", "[a]", "b"])

@@ -6,6 +6,7 @@ that came from outside goes through `text` or `quoted`; only `Html` is put in as
 
 import re
 from collections.abc import Iterable
+from difflib import SequenceMatcher
 from html import escape
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -17,6 +18,8 @@ UNSEEN = (
 )
 UNSEEN_RE = re.compile(UNSEEN)
 SIGN = re.compile(f"(?m:^ +| +$| {{2,}})|{UNSEEN}")  # single blanks between words are seen anyway
+INNER = re.compile(f" {{2,}}|{UNSEEN}")  # in the middle of a text
+MOST_PAIRS = 4_000_000  # of words compared: a second or two
 NAMES = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 CSS = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #59616a; --line: #d8dce1; --paper: #fff; --card: #f6f7f9;
@@ -75,6 +78,16 @@ svg .grid { stroke: var(--line); } svg .mark { fill: var(--bar); }
 svg .curve { stroke: var(--bar); fill: none; stroke-width: 2; stroke-linejoin: round; }
 svg .middle { stroke: var(--lost); stroke-width: 1.5; stroke-dasharray: 4 3; } svg text.middle { fill: var(--lost);
   stroke: none; }
+svg .line, svg .level { fill: none; stroke: var(--bar); stroke-width: 1.8; stroke-linejoin: round; }
+svg .dot { fill: var(--bar); } svg .lead { stroke: var(--line); } svg text.of { fill: var(--ink); }
+svg .level { stroke-dasharray: 1 3; stroke-width: 1.4; }
+svg .soft { stroke: var(--soft); stroke-width: 1; } svg text.soft { stroke: none; }
+svg .k1 { stroke: var(--lost); } svg .line.k1 { stroke-dasharray: 7 3; } svg .dot.k1 { fill: var(--lost); }
+svg .k2 { stroke: var(--good); } svg .line.k2 { stroke-dasharray: 2 2; } svg .dot.k2 { fill: var(--good); }
+svg .k3 { stroke: var(--ink); } svg .line.k3 { stroke-dasharray: 9 2 2 2; } svg .dot.k3 { fill: var(--ink); }
+svg .k4 { stroke: var(--sign); } svg .line.k4 { stroke-dasharray: 12 4; } svg .dot.k4 { fill: var(--sign); }
+svg .k5 { stroke: var(--soft); } svg .line.k5 { stroke-dasharray: 4 2 1 2; } svg .dot.k5 { fill: var(--soft); }
+svg text.of { stroke: none; } svg .dot { stroke: none; }
 @media (max-width: 40rem) { .roomy { display: none; } td, th { padding-right: .6rem; }
   td:first-child:not(.n) { min-width: 7rem; } th.n { min-width: 0; }
   td.bar, th.bar { min-width: 3rem; } .folds .line { grid-template-columns: 1fr 4.6rem 4.6rem; }
@@ -89,13 +102,13 @@ class Html(str):
     """Markup that is put in as it is."""
 
 
-def document(title: str, body: Iterable[str]) -> str:
-    """A whole HTML document; empty parts of the body are left out."""
+def document(title: str, body: Iterable[str], style: str = "") -> str:
+    """A whole HTML document in our style and what comes on top of it; empty parts of the body are left out."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(title)}</title><style>{CSS}</style></head><body>\n"
+        f"<title>{text(title)}</title><style>{CSS}{style}</style></head><body>\n"
         + "\n".join(filter(None, body))
         + "\n</body></html>\n"
     )
@@ -125,13 +138,34 @@ def name(value: object) -> Html:
 
 def quoted(value: str) -> Html:
     """A text with its white space as signs; lines end where they do in the text."""
+    return Html(f'<pre dir="auto">{_signed(value)}</pre>' if value else "")
 
+
+def _signed(value: str, signs: re.Pattern[str] = SIGN) -> str:
     def sign(match: re.Match[str]) -> str:
         found = match[0]
         shown = "·" * len(found) if found[0] == " " else _code(found)
         return f"<bdi>{shown}</bdi>" + "\n" * (found == "\n")  # bdi: `dir=auto` looks past it for the direction
 
-    return Html(f'<pre dir="auto">{SIGN.sub(sign, escape(value))}</pre>' if value else "")
+    return signs.sub(sign, escape(value))
+
+
+def differing(old: str, new: str) -> Html:
+    """The new text with what it has more underlined and what it lacks struck through, word by word.
+
+    Texts of thousands of words are not compared: all of the old one, then all of the new one.
+    """
+    a, b = (re.findall(r"\s+|\S+", value) for value in (old, new))
+    if len(a) * len(b) > MOST_PAIRS:
+        a, b = [old], [new]
+    body = ""
+    for tag, i, j, k, end in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        if tag == "equal":
+            body += _signed("".join(a[i:j]), INNER)
+            continue
+        body += f"<del>{_signed(''.join(a[i:j]))}</del>" if j > i else ""
+        body += f"<ins>{_signed(''.join(b[k:end]))}</ins>" if end > k else ""
+    return Html(f'<pre dir="auto">{body}</pre>')
 
 
 def table(head: list[str], rows: list[list[object]]) -> Html:

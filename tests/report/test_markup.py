@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from llmkit.report.markup import Html, document, folded, name, percent, quoted, size_text, table, text, track
+from llmkit.report.markup import Html, differing, document, folded, name, percent, quoted, size_text, table, text, track
 
 
 def test_text_from_outside_is_never_markup():
@@ -83,3 +83,18 @@ def test_a_share_that_is_not_nothing_never_reads_as_nothing():
     assert [percent(share) for share in (0, 0.000001, 0.0001, 0.6209, 1, None)] == [
         "0.00%", "<0.01%", "0.01%", "62.09%", "100.00%", ""
     ]  # fmt: skip
+
+
+def test_what_differs_is_marked_word_by_word_and_stays_harmless():
+    made = differing("the <b>red</b> hat ", "the blue  hat")
+    assert made == (
+        '<pre dir="auto">the <del>&lt;b&gt;red&lt;/b&gt;<bdi>·</bdi></del><ins>blue<bdi>··</bdi></ins>hat'
+        "<del><bdi>·</bdi></del></pre>"
+    )
+    assert differing("same", "same") == '<pre dir="auto">same</pre>'
+
+
+def test_texts_of_thousands_of_words_are_not_compared_word_by_word():
+    long = " ".join(map(str, range(3000)))
+    made = differing(long, f"{long} more")  # 6,000 words and blanks each: minutes, compared
+    assert made.count("<del>") == made.count("<ins>") == 1 and made.startswith('<pre dir="auto"><del>0 1')
