@@ -75,11 +75,16 @@ sft-toy: $(VENV)/all runs/toy/pretrain/model  ## tune the toy model on instructi
 overfit-toy: $(VENV)/all runs/toy/pretrain/model  ## before that: 1,000 answers must be learnt by heart
 	$(BIN)/llmkit sft recipes/toy/sft.yaml --overfit 1000
 
-report-toy: $(VENV)/core  ## every stage of the toy model on one page: runs/toy/report.html
+STAGES = $(shell for s in pretrain sft dpo kto rrhf grpo; do test -d runs/toy/$$s/model && echo runs/toy/$$s; done)
+report-toy: $(VENV)/all runs/toy/pretrain/model runs/toy/sft/model  ## all stages of the toy model side by side: runs/toy/report.html
+	$(OFFLINE) $(BIN)/llmkit eval recipes/toy/eval.yaml $(STAGES)
 	$(BIN)/llmkit report runs/toy
 
 runs/toy/pretrain/model:
 	$(MAKE) pretrain-toy
+
+runs/toy/sft/model:
+	$(MAKE) sft-toy
 
 generate-toy: $(VENV)/core  ## let the toy model write a document
 	$(BIN)/llmkit generate --model_name_or_path runs/toy/pretrain

@@ -2,8 +2,10 @@
 
 Owns the bootstrap of a difference of means.   pair = compare(values, others);  pair.flag  ->  "gained" | "lost" | None
 
-Resamples the items (Efron 1979; paired: Koehn 2004, "Statistical significance tests for machine translation
-evaluation"). Leaves out metrics that are no mean over items.
+The interval resamples the items (Efron 1979; paired: Koehn 2004, "Statistical significance tests for machine
+translation evaluation") and is widened to hold 0 where p is not below 5 %; p swaps the columns at random, item by item
+(Fisher 1935). On their own, such intervals flag up to 8 % of nothing where a dozen items differ. Leaves out metrics that
+are no mean over items.
 """
 
 import dataclasses
@@ -22,7 +24,7 @@ class Pair:
     difference: float
     low: float
     high: float
-    p: float  # two-sided: twice the share of draws on the other side of 0
+    p: float  # two-sided: the share of swaps with as large a difference
     flag: str | None  # gained | lost: the interval does not hold 0
 
 
@@ -42,17 +44,20 @@ def compare(
     rng = np.random.default_rng(seed)
     sizes = np.array([len(v) for v in values], np.float64)
     shares = sizes / sizes.sum() if by_size else np.full(len(sizes), 1 / len(sizes))
-    point, draws = 0.0, np.zeros(DRAWS)
+    point, draws, swapped = 0.0, np.zeros(DRAWS), np.zeros(DRAWS)
     for k, share in enumerate(shares):
         gap = np.asarray(values[k], np.float64) - np.asarray(others[k], np.float64)
         weight = np.ones(len(gap)) if weights is None else np.asarray(weights[k], np.float64)
         point += share * gap.sum() / weight.sum()
         draws += share * _resampled(gap, weight, rng)
+        swapped += share * _swapped(gap, rng) / weight.sum()
     low, high = np.quantile(draws, [LEVEL / 2, 1 - LEVEL / 2])
-    p = min(1.0, 2 * float(min(np.mean(draws <= 0), np.mean(draws >= 0))))
-    is_up = low > 0 if higher_is_better else high < 0
-    is_down = high < 0 if higher_is_better else low > 0
-    return Pair(float(point), float(low), float(high), p, "gained" if is_up else "lost" if is_down else None)
+    p = (1 + int(np.sum(np.abs(swapped) >= abs(point) - 1e-12))) / (DRAWS + 1)
+    if p >= LEVEL:
+        low, high = min(low, 0.0), max(high, 0.0)
+    is_up, is_down = (low > 0, high < 0) if higher_is_better else (high < 0, low > 0)
+    flag = "gained" if is_up else "lost" if is_down else None
+    return Pair(float(point), float(low), float(high), p, flag)
 
 
 def _resampled(gap: NDArray[np.float64], weight: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
@@ -63,4 +68,13 @@ def _resampled(gap: NDArray[np.float64], weight: NDArray[np.float64], rng: np.ra
     for start in range(0, DRAWS, step):
         drawn = rng.multinomial(n, counts / n, size=min(step, DRAWS - start)).astype(np.float64)
         out[start : start + len(drawn)] = (drawn @ kinds[0]) / (drawn @ kinds[1])
+    return out
+
+
+def _swapped(gap: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+    """(DRAWS,) sums of the gaps with random signs."""
+    sizes, counts = np.unique(np.abs(gap[gap != 0]), return_counts=True)
+    out = np.zeros(DRAWS)
+    for size, count in zip(sizes, counts, strict=True):
+        out += size * (2.0 * rng.binomial(count, 0.5, DRAWS) - count)
     return out

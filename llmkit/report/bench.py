@@ -130,7 +130,7 @@ def _cell(evaluation: Facts, row: Facts, column: str) -> str:
 
 def _cut(score: Facts) -> str:
     said = [f"{score[key]:,.0f} {word}" for key, word in (("num_cut", "cut"), ("num_nan", "no number")) if score[key]]
-    return f'<span class="soft">{", ".join(said)}</span>' if said else ""
+    return f' <span class="soft">{", ".join(said)}</span>' if said else ""
 
 
 def _how(evaluation: Facts) -> str:
