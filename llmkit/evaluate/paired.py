@@ -4,8 +4,8 @@ Owns the bootstrap of a difference of means.   pair = compare(values, others);  
 
 The interval resamples the items (Efron 1979; paired: Koehn 2004, "Statistical significance tests for machine
 translation evaluation") and is widened to hold 0 where p is not below 5 %; p swaps the columns at random, item by item
-(Fisher 1935). On their own, such intervals flag up to 8 % of nothing where a dozen items differ. Leaves out metrics that
-are no mean over items.
+(Fisher 1935). On their own, such intervals flag up to 8 % of nothing where a dozen items differ. Leaves out metrics
+that are no mean over items.
 """
 
 import dataclasses
