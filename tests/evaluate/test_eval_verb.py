@@ -122,9 +122,7 @@ def test_mistakes_are_one_line(pair, out, tmp_path, capsys):
 def test_raw_text_is_compared_document_by_document(pair, out, tmp_path):
     lines = [f"The {a} {b} sings. One {a} {b}!" for a in tiny.WORDS for b in tiny.WORDS[:3]]
     (tmp_path / "text.txt").write_text("\n".join(lines))
-    shard = json.dumps(
-        [{"path": "text", "data_files": str(tmp_path / "text.txt"), "sample_by": "line", "shard": "words"}]
-    )
+    entry = {"path": "text", "data_files": str(tmp_path / "text.txt"), "sample_by": "line", "shard": "words"}
     better = tiny.llama(0)
     with torch.no_grad():
         better.lm_head.weight *= 0  # every token equally likely: better than noise

@@ -113,7 +113,8 @@ def test_definitions_of_your_own(tmp_path):
     rows(mine / "rows.jsonl", {"q": "one", "a": "two"})
     mine.joinpath("t.yaml").write_text(
         f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {mine}/rows.jsonl}}}}\n"
-        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: [two, three]\ndoc_to_target: '{{a}}'\n"
+        "test_split: test\noutput_type: multiple_choice\n"
+        "doc_to_text: '{{q}}'\ndoc_to_choice: [two, three]\ndoc_to_target: '{{a}}'\n"
     )
     task = load(make_manager(["mine"], str(mine), None, tmp_path), ["mine"])["tasks"]["mine"]
     assert task_index.describe_data(task) == f"{mine}/rows.jsonl"
