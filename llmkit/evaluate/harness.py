@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,10 +67,13 @@ class Journaled:
 
     journal: Journal
     tell: Callable[[int, int], object]  # of so many done, and so many more to do
-    num_cut: Counter
+    num_cut: Counter[str]  # prompts that did not fit, by task
+    seconds: dict[str, float]  # of the model, by task
     salt: str  # of the journal: the model and how it is asked
     _requests: list[Any]
     _task_of: dict[str, str]
+    _batch: list[str]
+    _rolling_task = ""
     _is_rolling = False
 
     # scored text
@@ -81,6 +85,7 @@ class Journaled:
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         self._requests, self._is_rolling = [], True
+        self._rolling_task = requests[0].task_name  # seconds of several such tasks go to the first
         try:
             return super().loglikelihood_rolling(requests, disable_tqdm=True)  # type: ignore[misc]
         finally:
@@ -104,6 +109,7 @@ class Journaled:
         order = sorted(zip(heads, groups.values(), strict=True), key=lambda pair: _length_first(whole[pair[0]]))
         size = (override_bs or self.batch_size) * BLOCK  # type: ignore[attr-defined]
         answers: list[Any] = [None] * len(requests)
+        tasks = [instance.task_name for instance in self._requests]
         if self._is_rolling:
             self.tell(0, len(requests))
         for start in range(0, len(order), size):
@@ -112,9 +118,11 @@ class Journaled:
             key = _hash(self.salt, [[context, continuation] for _, context, continuation in asked])
             found = self.journal.get(key)
             if found is None:
+                started = time.perf_counter()
                 found = super()._loglikelihood_tokens(asked, disable_tqdm=True, override_bs=override_bs)  # type: ignore[misc]
                 self._refuse_nan([log_prob != log_prob for log_prob, _ in found])
                 self.journal.add(key, found)
+                self._count_seconds(started, [tasks[i] for i in block] if tasks else [self._rolling_task])
             for i, answer in zip(block, found, strict=True):
                 answers[i] = tuple(answer)
             self.tell(len(block), 0)
@@ -131,6 +139,7 @@ class Journaled:
         self, strings: list[str], padding_side: str = "left", left_truncate_len: Any = None, truncation: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)  # type: ignore[misc]
+        self._batch = strings
         if left_truncate_len and ids.shape[1] > left_truncate_len:
             for string, length in zip(strings, mask.sum(dim=1).tolist(), strict=True):
                 if length > left_truncate_len:
@@ -145,7 +154,7 @@ class Journaled:
         key = _hash(self.salt, [context.tolist(), max_length, stop, repr(sorted(plain.items()))])
         found = self.journal.get(key)
         if found is None:
-            guard = _NanGuard()
+            guard, started = _NanGuard(), time.perf_counter()
             if settings.get("do_sample"):
                 torch.manual_seed(int(key[:15], 16))  # of this batch alone, so that going on draws the same
             out = super()._model_generate(  # type: ignore[misc]
@@ -154,8 +163,14 @@ class Journaled:
             self._refuse_nan([bool(guard.seen)])
             found = out[:, context.shape[1] :].tolist()
             self.journal.add(key, found)
+            self._count_seconds(started, [self._task_of.get(string, "") for string in self._batch])
         self.tell(len(found), 0)
         return torch.cat([context, torch.tensor(found, dtype=context.dtype, device=context.device)], dim=1)
+
+    def _count_seconds(self, started: float, tasks: list[str]) -> None:
+        share = (time.perf_counter() - started) / max(1, len(tasks))
+        for task in tasks:
+            self.seconds[task] = self.seconds.get(task, 0.0) + share
 
     def _refuse_nan(self, is_nan: list[bool]) -> None:
         if any(is_nan):
@@ -199,6 +214,7 @@ def make_lm(
     lm = type("Lm", (Journaled, HFLM), {})(
         pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, backend="causal"
     )
+    lm.seconds = {}
     lm.name, lm.journal, lm.salt, lm.num_cut, lm.tell = name, journal, salt, Counter(), lambda done, more: None
     return lm
 

@@ -125,14 +125,13 @@ def _ask(job: Any, column: Column, lm: Any, loaded: dict[str, Any]) -> dict[str,
     for way in (False, True):
         chosen = {name: task for name, task in tasks.items() if is_chat[name] == way}
         if chosen:
-            found, wall_s = _pass(job, column, lm, chosen, way)
+            found = _pass(job, column, lm, chosen, way)
             figures |= found["results"]
-            num_all = sum(map(len, found["samples"].values()))
             for name, task in chosen.items():
                 results[name] = _task_result(task, found, name) | {
                     "is_chat": way,
                     "num_cut": lm.num_cut[name],
-                    "wall_s": round(wall_s * len(found["samples"][name]) / max(1, num_all), 3),
+                    "wall_s": round(lm.seconds.get(name, 0.0), 3),
                 }
     out = {}
     for unit, parts in loaded.items():
@@ -144,20 +143,19 @@ def _ask(job: Any, column: Column, lm: Any, loaded: dict[str, Any]) -> dict[str,
     return out
 
 
-def _pass(job: Any, column: Column, lm: Any, tasks: dict[str, Any], is_chat: bool) -> tuple[dict[str, Any], float]:
-    """lm-eval's results, samples kept, and its seconds."""
+def _pass(job: Any, column: Column, lm: Any, tasks: dict[str, Any], is_chat: bool) -> dict[str, Any]:
+    """lm-eval's results, samples kept."""
     config = job.config
     end = job.asking.ends.get(column.name, "") if is_chat else ""
     harness.prepare_tasks(tasks, lm, config.num_fewshot, config.gen_kwargs, end)
-    lm.num_cut = Counter()
-    started = time.perf_counter()
+    lm.num_cut, lm.seconds = Counter(), {}
     with job.progress(column.name) as lm.tell:
         found = harness.run(
             lm, {"tasks": tasks}, is_chat, config.limit, config.system_instruction, config.allow_code_execution
         )
     for name, samples in found["samples"].items():
         _keep_samples(column_dir(job.folder, column.name), name, samples, lm)
-    return found, time.perf_counter() - started
+    return found
 
 
 def _scores(results: dict[str, Any]) -> dict[str, dict[str, float | None]]:

@@ -116,7 +116,7 @@ def prepare(config: EvalConfig, work: Path) -> Job:
     units = _units(config)
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
-        console.width = 120  # a log file: room for the table
+        console.width = max(120, 60 + 32 * len(columns))  # a log file: room for the table
     if not units and not shards and not config.regression:
         raise UserError("tasks is missing; name some: --tasks core, or --tasks gsm8k --data_dir folder")
     for column in columns:
@@ -207,8 +207,10 @@ def _announce(job: Job) -> None:
     bos = {str(value) for value in job.asking.bos.values()}
     opens = f"{bos.pop()} opens a prompt" if len(bos) == 1 else f"prompts open with {job.asking.bos}"
     say(f"asked     {chat}; {opens.replace('None opens a prompt', 'no BOS')}", markup=False)
-    for note in job.asking.notes:
-        say(f"note      {note}", markup=False)
+    for column in job.columns:
+        opened = manifest_of(Path(column.run)).get("documents_open_with_bos") if column.run else None
+        if opened and job.asking.bos[column.name] is None:
+            say(f"WARNING   {column.name}: training opened texts with a BOS, its tokenizer adds none", markup=False)
     if job.shards:
         say(f"texts     {', '.join(job.shards)}: windows of {job.window} tokens", markup=False)
     say(f"machine   {job.device}", markup=False)

@@ -33,8 +33,9 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
     """Tasks, groups and shards of comparison.json against columns; beside a value its error, and what was lost."""
     names = [column["name"] for column in comparison["columns"]]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("", "metric", "items"):
-        table.add_column(title, justify="left" if title != "items" else "right")
+    table.add_column("", no_wrap=True)
+    table.add_column("metric")
+    table.add_column("items", justify="right")
     rows = [*comparison["tasks"], *comparison["groups"], *comparison["shards"]]
     against = {pair["column"]: pair["against"] for row in rows for pair in row["pairs"]}
     for name in names:

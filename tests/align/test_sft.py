@@ -312,3 +312,21 @@ def test_a_checkpoint_whose_template_has_no_marks_is_tuned_with_its_own_template
     assert "chat, completions are trained" in said and "the tokenizer's own" in said and "checks" in said
     saved = AutoTokenizer.from_pretrained(Path(recipe.output_dir) / "model")
     assert saved.chat_template == template
+
+
+@pytest.mark.parametrize("more", [{}, {"use_peft": True, "lora_dropout": 0.0}], ids=["full", "lora"])
+def test_tasks_are_asked_on_the_way_and_the_best_step_is_kept(recipe, more):
+    """The loss falls, so what is best by its opposite is the first evaluation: model/ is that of step 2."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "validation_loss", "greater_is_better": True}
+    tasks = {"eval_tasks": ["toyworld_facts"], "eval_tasks_limit": 4, "eval_steps": 2}
+    result = sft.main(changed(recipe, max_steps=6, **tasks, **best, **more))
+    lines = (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["step"] for row in rows if "eval_toyworld_facts_exact_match" in row] == [2, 4, 6]
+    first = next(row["eval_validation_loss"] for row in rows if "eval_validation_loss" in row)
+    assert result.metrics["best_step"] == 2
+    assert result.shards["validation"]["loss"] == pytest.approx(first, abs=1e-5)
+    again = changed(recipe, model_name_or_path=recipe.output_dir, output_dir=recipe.output_dir + "-again", max_steps=1)
+    sft.main(changed(again, eval_on_start=True, learning_rate=0.0))
+    line = (Path(again.output_dir) / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(line)["eval_validation_loss"] == pytest.approx(first, abs=1e-4)  # of what model/ holds

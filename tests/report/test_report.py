@@ -13,6 +13,7 @@ from rich.console import Console
 
 from llmkit import cli
 from llmkit.config import UserError
+from llmkit.report import runs
 from llmkit.report.curves import loss_plot, read_curves, reward_plots, thin
 from llmkit.report.report import default_page, gather, page, print_summary
 from llmkit.report.svg import APART, Y0, Line, lines, ticks
@@ -605,3 +606,14 @@ def test_the_summary_fits_80_columns(root):
 def test_words_must_name_folders(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         gather([str(tmp_path / "x")])
+
+
+def test_a_run_that_learns_by_heart_is_no_stage(tmp_path):
+    for name, overfit in (("sft", None), ("sft-overfit", 32)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"stage": "sft", "overfit": overfit}))
+        (tmp_path / name / "result.json").write_text("{}")
+    folders, _, _ = runs.find([str(tmp_path)])
+    assert [folder.name for folder in folders] == ["sft"]
+    folders, _, _ = runs.find([str(tmp_path / "sft-overfit")])  # named, it is shown
+    assert [folder.name for folder in folders] == ["sft-overfit"]
