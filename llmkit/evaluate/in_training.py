@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..config import UserError
 from . import harness, task_index
 from .asking import decide
 from .columns import Column
@@ -34,10 +33,8 @@ class TaskScorer:
         self.tokenizer, self.limit, self.batch_size, self.max_length = tokenizer, limit, batch_size, max_length
         with tempfile.TemporaryDirectory() as work:
             manager = task_index.make_manager(units, None, data_dir, Path(work))
+            task_index.check_code(manager, units, is_allowed=False)
             self.loaded = task_index.load(manager, units)
-        for name, task in self.loaded["tasks"].items():
-            if task.config.unsafe_code:
-                raise UserError(f"eval_tasks: {name!r} runs code that the model wrote, which training never does")
         self.asking = decide([Column("model", "", None, None, "", 0)], {"model": tokenizer}, None)
 
     def figures(self) -> list[str]:

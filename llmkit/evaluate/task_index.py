@@ -25,6 +25,7 @@ SETS = {  # quick: minutes on one GPU; full: what papers compare
     ],
     "toyworld": ["toyworld_recall", "toyworld_counting", "toyworld_answers"],
 }  # fmt: skip
+SHUT_OFF = ("humaneval",)  # run by coderunner.py
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -142,6 +143,30 @@ def find_file(name: str, stock: dict[str, Any], split: str, is_scored: bool, dat
             if found:
                 return found[0]
     return None
+
+
+def check_code(manager: Any, names: list[str], is_allowed: bool) -> None:
+    """Raises UserError for tasks that run what the model wrote: where that was not allowed, or cannot be shut off."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for task in dict.fromkeys(leaf for name in names for leaf in leaves(name, manager.task_index)):
+        entry = manager.task_index.get(task)
+        path = entry and entry.yaml_path
+        if not path or not load_yaml(path, resolve_func=False).get("unsafe_code"):
+            continue
+        if task not in SHUT_OFF:
+            raise UserError(
+                f"task {task!r} runs code that the model wrote with all your rights; allowed: {', '.join(SHUT_OFF)}, "
+                "whose programs are shut off from this machine"
+            )
+        if not is_allowed:
+            raise UserError(
+                f"task {task!r} runs code that the model wrote; if you want that, add --allow_code_execution: programs "
+                "are shut off from this machine, or the task is refused"
+            )
+        from .coderunner import probe
+
+        probe()
 
 
 def load(manager: Any, names: list[str]) -> dict[str, Any]:

@@ -96,6 +96,12 @@ def main(config: EvalConfig) -> int:
     job.console.print()
     if job.units or job.shards:
         job.console.print(comparison_table(comparison))
+        for row in comparison["tasks"]:
+            for name, score in row["scores"].items():
+                if score["num_cut"]:
+                    what = "prompts" if row["kind"] == "generate" else "choices"
+                    text = f"{score['num_cut']:,} {what} did not fit into the context and lost their beginning"
+                    job.console.print(f"cut       {row['name']}, {name}: {text}", markup=False)
     if job.prompts:
         show(comparison["regression"], job.console)
     _finish(job, comparison, time.perf_counter() - started)
@@ -161,7 +167,10 @@ def _manager(config: EvalConfig, units: list[str], work: Path) -> Any:
         raise UserError(f"data_dir={config.data_dir!r}: no such folder; name one with files like TASK_test.jsonl")
     if not units:
         return None
-    return task_index.make_manager(units, config.include_path, Path(config.data_dir) if config.data_dir else None, work)
+    data_dir = Path(config.data_dir) if config.data_dir else None
+    manager = task_index.make_manager(units, config.include_path, data_dir, work)
+    task_index.check_code(manager, units, config.allow_code_execution)
+    return manager
 
 
 def _context(column: Column, config: EvalConfig) -> int:

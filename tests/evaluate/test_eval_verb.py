@@ -97,6 +97,14 @@ def test_results_of_another_model_are_not_mixed_in(pair, out, capsys):
     assert "columns/base: holds results of another model" in line and "remove that folder" in line
 
 
+def test_prompts_that_do_not_fit_are_said(pair, out, capsys):
+    run(out, pair[1], "--max_length", "60", tasks="toyworld_story", limit=5)
+    score = comparison(out)["tasks"][0]["scores"]["tuned"]
+    assert score["num_cut"] == 5
+    said = "cut       toyworld_story, tuned: 5 prompts did not fit into the context and lost their beginning"
+    assert said in capsys.readouterr().out
+
+
 def test_mistakes_are_one_line(pair, out, tmp_path, capsys):
     base, tuned = pair
     for words, expected in [
