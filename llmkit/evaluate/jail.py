@@ -89,7 +89,8 @@ def change_root(scratch_bytes: int) -> None:
     """A root with the interpreter, system libraries and three devices, all read-only, and an empty /scratch."""
     mount("", "/", "", MS_REC | MS_PRIVATE)
     new = "/proc"  # any folder that surely exists and holds nothing of what is shown
-    shown = [*SYSTEM, *DEVICES, f"{sys.prefix}/lib", f"{sys.exec_prefix}/lib", os.path.realpath(sys.executable)]
+    libraries = [f"{prefix}/{lib}" for prefix in (sys.prefix, sys.exec_prefix) for lib in ("lib", sys.platlibdir)]
+    shown = [*SYSTEM, *DEVICES, *libraries, os.path.realpath(sys.executable)]
     mount("jail", new, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     inner = f"{new}/root"
     os.mkdir(inner)
@@ -252,4 +253,4 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:
-        sys.exit(f"{error.strerror or error}")
+        sys.exit(str(error))
