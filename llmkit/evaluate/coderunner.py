@@ -2,20 +2,19 @@
 
     probe();  run_program("assert 1 + 1 == 2").status == "passed"
 
-Linux only, as root or as a user who may have user namespaces; elsewhere `probe` refuses. A program gets namespaces of its
-own (user, PID, network, mount, IPC), no privileges, an almost empty environment, an empty stdin, the standard library and
-system folders read-only, and a scratch folder in memory; home, project, /proc and everything else do not exist for it.
-When it ends, so does all that it started. Costs about 35 ms a program (benchmarks/code_runner.py).
+Linux only, as root or as a user who may have user namespaces; elsewhere `probe` refuses. A program gets namespaces of
+its own (user, PID, network, mount, IPC), no privileges, an almost empty environment, an empty stdin, the standard
+library (no installed packages) and system folders read-only, and a scratch folder in memory. Home, project, /proc and
+all else do not exist for it. When it ends, so does all that it started. Costs about 25 ms (benchmarks/code_runner.py).
 
-"passed" means that the last line was reached: a nonce that the program finds in no memory goes from one pipe into another
-after it. No printed word, os._exit(0) or SystemExit can stand for that. What remains possible:
+"passed" means that the last line was reached: a nonce that is in no memory of the program goes from one pipe into
+another after it. No printed word, os._exit(0) or SystemExit can stand for that. What remains possible:
 - A program written against this very file can copy the nonce itself, or hand tests an object that equals anything: both
   run in one process. Good enough to score models; as a reward to train on, look at what was rewarded.
-- Bugs of the kernel, whose system calls are not filtered. For a model that may be hostile by intent, use a machine that
-  may be lost.
+- Bugs of the kernel: of its system calls only those are refused that reach past namespaces and limits. For a model that
+  may be hostile by intent, use a machine that may be lost.
 - Memory is limited for each process, not in total: up to Limits.num_processes times memory_bytes, short of the kernel's
   out-of-memory killer, which takes these programs first.
-- Session keyrings of the user who runs this; nothing else of the user's.
 """
 
 import os
@@ -37,12 +36,13 @@ from ..config import UserError
 
 JAIL = Path(__file__).with_name("jail.py")
 SETUP_S = 20.0  # from start to shut off; milliseconds, unless the machine is swamped
-ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/scratch", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}  # same verdict twice
+# the order of sets is the same every time, and so the verdict
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/sandbox", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 READY = b"ready\n"
 REFUSED = "allow_code_execution: programs cannot be shut off on this machine"
 ADVICE = (
-    "user namespaces must be allowed (kernel.apparmor_restrict_unprivileged_userns=0, user.max_user_namespaces above 0; "
-    "in a container seccomp=unconfined), or score this task on another machine"
+    "allow user namespaces (kernel.apparmor_restrict_unprivileged_userns=0, user.max_user_namespaces above 0; in a "
+    "container seccomp=unconfined), or score this task on another machine"
 )
 
 
@@ -71,11 +71,11 @@ class Outcome:
 
 def run_many(
     programs: Sequence[str],
-    limits: Limits = Limits(),  # noqa: B008  frozen
+    limits: Limits = Limits(),
     num_workers: int | None = None,
     tell: Callable[[int, int], object] = lambda done, more: None,
 ) -> list[Outcome]:
-    """Outcomes in the order of the programs, as many at once as there are cores; tell(so many done, so many more to do).
+    """Outcomes in the order of the programs, as many at once as there are cores; tell(so many done, more to do).
 
     Raises UserError where programs cannot be shut off.
     """
@@ -92,7 +92,7 @@ def run_many(
     return outcomes
 
 
-def run_program(source: str, limits: Limits = Limits()) -> Outcome:  # noqa: B008  frozen
+def run_program(source: str, limits: Limits = Limits()) -> Outcome:
     """Runs one program to its end, or until it exceeds a limit. Raises UserError where it cannot be shut off."""
     probe()
     return _run(source, limits)
@@ -107,15 +107,17 @@ def probe() -> None:
     if sys.platform != "linux":
         raise UserError(f"allow_code_execution: shutting programs off needs Linux, and this is {sys.platform}")
     with tempfile.TemporaryDirectory() as outside:
+        os.chmod(outside, 0o777)  # so that only the jail stands in between
         Path(outside, "file").touch()
         others = [name for _, name in socket.if_nameindex() if name != "lo"]
-        outcome = _run(f"{PROBE}\nprobe({outside!r}, {others!r}, {sorted(ENVIRONMENT)!r})", Limits(num_processes=4))
+        low = Limits(num_processes=4, memory_bytes=256 << 20)
+        outcome = _run(f"{PROBE}\nprobe({outside!r}, {others!r}, {sorted(ENVIRONMENT)!r})", low)
         found = outcome.stdout.strip() or outcome.stderr.strip().split("\n")[-1] or outcome.status
         if outcome.status != "passed" or sorted(os.listdir(outside)) != ["file"]:
             raise UserError(f"{REFUSED} ({found}); {ADVICE}")
 
 
-PROBE = '''
+PROBE = """
 import os, socket
 
 def probe(outside, interfaces, environment):
@@ -146,7 +148,8 @@ def probe(outside, interfaces, environment):
     check("no scratch folder", not works(lambda: open("probe", "w")) or os.listdir(".") != ["probe"])
     check("environment", set(os.environ) - set(environment))
     check("privileges", os.getuid() == 0 or works(lambda: os.chroot("/")) or works(lambda: os.setuid(0)))
-    check("no limit of memory", works(lambda: bytearray(2 << 30)))
+    check("system calls are not filtered", works(lambda: os.memfd_create("probe")))
+    check("no limit of memory", works(lambda: bytearray(512 << 20)))
     children = []
     while len(children) < 20 and works(lambda: children.append(os.fork())):
         if children[-1] == 0:
@@ -159,7 +162,7 @@ def probe(outside, interfaces, environment):
         os.waitpid(child, 0)
     print("; ".join(found))
     assert not found
-'''
+"""
 
 
 # ---- one program

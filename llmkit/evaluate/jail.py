@@ -4,9 +4,10 @@
 
 Three processes. The outer one (this script) moves into new namespaces and a root of its own, gives up every privilege
 and waits; SIGTERM ends it all. Its child is init of the PID namespace: whatever happens to it, the kernel ends all that
-is in there. Init's child runs the program, in a fork and not in a fresh interpreter, which would double the cost. The exit
-code says how that went. Needs Linux 5.12 (mount_setattr) and nothing but Python: os.unshare comes with 3.12 only, and
-mount, pivot_root and capset never, hence ctypes. Leaves out time and amount of output, which the caller watches.
+is in there. Init's child runs the program, in a fork: a fresh interpreter would cost another 7 ms. The exit code says
+how that went. Needs Linux 5.12 (mount_setattr; limits of processes hold from 5.14 on) and only Python: os.unshare
+comes with 3.12 only, and mount, pivot_root and capset never, hence ctypes; the tools of util-linux would cost a process
+for each step. Leaves out wall time and amount of output, which the caller watches.
 """
 
 import ctypes
@@ -14,8 +15,10 @@ import os
 import resource
 import select
 import signal
+import struct
 import sys
 import types
+from collections.abc import Callable
 
 FAILED, NO_MEMORY, LEFT_BEHIND = 1, 3, 4  # exit codes; 0: ran to its end; 128 + n: signal n
 NOBODY = 65534  # no root: the kernel counts processes of everyone but root
@@ -27,10 +30,21 @@ SPACES = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIP
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x1000, 0x4000, 0x40000
 MNT_DETACH, AT_FDCWD, AT_RECURSIVE, MOUNT_SETATTR = 2, -100, 0x8000, 442
 READ_ONLY, NO_SUID = 1, 2  # MOUNT_ATTR_*
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 CAPABILITIES = 0x20080522  # version 3 of the interface
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache")
+# System calls that no namespace holds: sockets of unusual kinds (a virtual machine's vsock reaches its host), keyrings,
+# io_uring (sockets again), memory that no limit counts (memfd, shared segments), what looks into the kernel
+CALLS = {  # asm/unistd.h of x86_64 and aarch64
+    "shmget": (29, 194), "memfd_create": (319, 279), "add_key": (248, 217), "request_key": (249, 218),
+    "keyctl": (250, 219), "io_uring_setup": (425, 425), "ptrace": (101, 117), "perf_event_open": (298, 241),
+    "bpf": (321, 280), "userfaultfd": (323, 282),
+}  # fmt: skip
+SOCKET, AF_NETLINK = (41, 198), 16  # the last of the families that are let through, after Unix and IP
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH
+REFUSE, ALLOW, KILL = 0x00050001, 0x7FFF0000, 0x80000000  # 1: EPERM
+
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -76,6 +90,8 @@ def enter_namespaces() -> None:
         os._exit(0)
     call("unshare", SPACES)
     os.write(has_moved, b"x")
+    os.close(has_moved)
+    os.close(moved)
     if os.waitpid(helper, 0)[1]:
         raise OSError("uid_map: cannot be written")
 
@@ -86,7 +102,7 @@ def _same_ids(path: str) -> str:
 
 
 def change_root(scratch_bytes: int) -> None:
-    """A root with the interpreter, system libraries and three devices, all read-only, and an empty /scratch."""
+    """A root with the interpreter, system folders and three devices, all read-only, and an empty /sandbox."""
     mount("", "/", "", MS_REC | MS_PRIVATE)
     new = "/proc"  # any folder that surely exists and holds nothing of what is shown
     libraries = [f"{prefix}/{lib}" for prefix in (sys.prefix, sys.exec_prefix) for lib in ("lib", sys.platlibdir)]
@@ -96,17 +112,18 @@ def change_root(scratch_bytes: int) -> None:
     os.mkdir(inner)
     for path in shown:
         _show(path, inner)
-    os.mkdir(f"{inner}/scratch")
-    os.symlink("scratch", f"{inner}/tmp")
+    os.mkdir(f"{inner}/sandbox")
+    if not os.path.lexists(f"{inner}/tmp"):
+        os.symlink("sandbox", f"{inner}/tmp")
     os.chdir(new)
     call("pivot_root", b".", b".")
     call("umount2", b".", MNT_DETACH)
     attributes = (ctypes.c_uint64 * 4)(READ_ONLY | NO_SUID, 0, 0, 0)
     call("syscall", MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, ctypes.sizeof(attributes))
     options = f"size={scratch_bytes},nr_inodes=1k,mode=700,uid={NOBODY},gid={NOBODY}"
-    mount("scratch", "/root/scratch", "tmpfs", MS_NOSUID | MS_NODEV, options)
+    mount("sandbox", "/root/sandbox", "tmpfs", MS_NOSUID | MS_NODEV, options)
     os.chroot("/root")  # who is in a chroot gets no user namespace, so no privileges in one of its own either
-    os.chdir("/scratch")
+    os.chdir("/sandbox")
 
 
 def _show(path: str, root: str) -> None:
@@ -133,7 +150,31 @@ def drop_privileges(parent: int) -> None:
     call("capset", (ctypes.c_uint32 * 2)(CAPABILITIES, 0), (ctypes.c_uint32 * 6)())
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody reads init's memory or changes it; no core dumps
+    filter_system_calls()
     die_with(parent)  # changing the user has undone it
+
+
+def filter_system_calls() -> None:
+    """seccomp: EPERM for CALLS and for sockets of other families than Unix, IP and netlink. Raises OSError."""
+    machine = os.uname().machine
+    if machine not in MACHINES:
+        raise OSError(f"seccomp: system calls of {machine} are unknown; known: {', '.join(MACHINES)}")
+    column, arch = MACHINES[machine]
+    denied = [numbers[column] for numbers in CALLS.values()]
+    load, equal, above, give = 0x20, 0x15, 0x25, 0x06  # of a 32-bit word; jump by (if so, if not) instructions; return
+    checks = [
+        *((equal, len(denied) - i + 4, 0, number) for i, number in enumerate(denied)),
+        (above, 4, 0, 0x3FFFFFFF),  # the x32 twins of all calls
+        (equal, 0, 2, SOCKET[column]),
+        (load, 0, 0, 16),  # the family
+        (above, 1, 0, AF_NETLINK),
+        (give, 0, 0, ALLOW),
+        (give, 0, 0, REFUSE),
+    ]
+    program = [(load, 0, 0, 4), (equal, 1, 0, arch), (give, 0, 0, KILL), (load, 0, 0, 0), *checks]
+    code = b"".join(struct.pack("HBBI", *line) for line in program)
+    address = ctypes.cast(ctypes.c_char_p(code), ctypes.c_void_p).value
+    call("prctl", PR_SET_SECCOMP, 2, struct.pack("HxxxxxxQ", len(program), address), 0, 0)
 
 
 def die_with(parent: int) -> None:
@@ -145,7 +186,7 @@ def die_with(parent: int) -> None:
 # ---- the program
 
 
-def init(run_program: types.FunctionType | types.MethodType, cpu_s: int) -> int:
+def init(run_program: Callable[[], None], cpu_s: int) -> int:
     """PID 1: starts the program, buries what has died, and says how the program ended."""
     program = os.fork()
     if program == 0:
@@ -222,11 +263,8 @@ def main() -> None:
     parent, nonce_fd, proof_fd, cpu_s, memory, num_processes, file_bytes, num_files = map(int, sys.argv[1:])
     die_with(parent)
     source = sys.stdin.buffer.read()  # to its end, so that nobody waits for more
+    write("/proc/self/oom_score_adj", "1000")  # where memory runs short this goes, and not the model that is asked
     enter_namespaces()
-    try:
-        write("/proc/self/oom_score_adj", "1000")  # the machine short of memory: this goes, not the model that is asked
-    except OSError:
-        pass
     change_root(file_bytes)
     drop_privileges(parent)
 

@@ -1,4 +1,4 @@
-"""HumanEval: answers completed to programs, which are run shut off from this machine (coderunner.py), not by `code_eval`.
+"""HumanEval: answers completed to programs, run shut off from this machine (coderunner.py), not by `code_eval`.
 
 lm-eval scores item by item, but filters all answers at once: there they run, as many at a time as there are cores.
 """
