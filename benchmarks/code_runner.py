@@ -3,7 +3,7 @@
     python benchmarks/code_runner.py --rounds 5 --programs 20
 
 Prints the median over rounds of milliseconds a program. `interpreter` is a bare Python, `unshare tool` the
-namespaces alone as util-linux makes them (`unshare -Urpfmni true`), `mount tools` those with a root of binds by `mount`.
+namespaces alone as util-linux makes them (`unshare -Urpfmni true`), `mount tools` those and a root of binds by `mount`.
 """
 
 import argparse

@@ -72,14 +72,14 @@ def write(path: str, text: str) -> None:
 def enter_namespaces() -> None:
     """User, mount, PID (for children), network, IPC and host name. Anyone may who may have a user namespace."""
     uid, gid = os.geteuid(), os.getegid()
-    if uid != 0:
+    maps = {name: _own_ids(f"/proc/self/{name}") for name in ("uid_map", "gid_map")}
+    if uid != 0 or not all(_holds(text, NOBODY) for text in maps.values()):
         call("unshare", SPACES)
         write("/proc/self/setgroups", "deny")
         write("/proc/self/uid_map", f"{NOBODY} {uid} 1")
         write("/proc/self/gid_map", f"{NOBODY} {gid} 1")
         return
     # root keeps all ids for now, to reach an interpreter in whosever home; only a process outside may map them
-    maps = {name: _same_ids(f"/proc/self/{name}") for name in ("uid_map", "gid_map")}
     moved, has_moved = os.pipe()
     me, helper = os.getpid(), os.fork()
     if helper == 0:
@@ -96,9 +96,15 @@ def enter_namespaces() -> None:
         raise OSError("uid_map: cannot be written")
 
 
-def _same_ids(path: str) -> str:
+def _own_ids(path: str) -> str:
+    """A map of all ids that there are here to themselves."""
     with open(path, encoding="ascii") as file:
         return "".join(f"{inner} {inner} {count}\n" for inner, _, count in map(str.split, file))
+
+
+def _holds(ids: str, wanted: int) -> bool:
+    ranges = [[int(word) for word in line.split()] for line in ids.splitlines()]
+    return any(first <= wanted < first + count for first, _, count in ranges)
 
 
 def change_root(scratch_bytes: int) -> None:
