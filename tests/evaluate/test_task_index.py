@@ -123,3 +123,22 @@ def test_definitions_of_your_own(tmp_path):
     mine.joinpath("t.yaml").write_text("task: mine\ndataset_path: json\noutput_type: generate_untill\n")
     with pytest.raises(UserError, match=r"task 'mine': cannot be set up .*; mend .*t.yaml"):
         load(make_manager(["mine"], str(mine), None, tmp_path), ["mine"])
+
+
+def test_code_of_a_model_runs_only_shut_off_and_when_asked(tmp_path, monkeypatch):
+    manager = make_manager(["humaneval", "toyworld_recall"], None, None, tmp_path)
+    asked = []
+    monkeypatch.setattr("llmkit.evaluate.coderunner.probe", lambda: asked.append(1))
+    task_index.check_code(manager, ["toyworld_recall"], is_allowed=False)
+    with pytest.raises(UserError, match=r"task 'humaneval' runs code that the model wrote; .* --allow_code_execution"):
+        task_index.check_code(manager, ["toyworld_recall", "humaneval"], is_allowed=False)
+    assert not asked
+    task_index.check_code(manager, ["humaneval"], is_allowed=True)
+    assert asked == [1]  # before any answer is asked for
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    mine.joinpath("t.yaml").write_text("task: mine\nunsafe_code: true\ndataset_path: json\n")
+    with pytest.raises(
+        UserError, match="task 'mine' runs code that the model wrote with all your rights; allowed: humaneval"
+    ):
+        task_index.check_code(make_manager(["mine"], str(mine), None, tmp_path), ["mine"], is_allowed=True)
