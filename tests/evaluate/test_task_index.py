@@ -142,3 +142,14 @@ def test_code_of_a_model_runs_only_shut_off_and_when_asked(tmp_path, monkeypatch
         UserError, match="task 'mine' runs code that the model wrote with all your rights; allowed: humaneval"
     ):
         task_index.check_code(make_manager(["mine"], str(mine), None, tmp_path), ["mine"], is_allowed=True)
+
+
+def test_the_wheel_has_our_tasks():
+    """They are no Python: without package-data a wheel came without them."""
+    tomllib, setuptools = pytest.importorskip("tomllib"), pytest.importorskip("setuptools")
+    root = task_index.OURS.parents[2]
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["*"]
+    packed = {name.replace(".", "/") for name in setuptools.find_namespace_packages(str(root), include=["llmkit*"])}
+    for path in (path for path in task_index.OURS.rglob("*") if path.is_file() and path.suffix != ".pyc"):
+        inside = path.relative_to(root)
+        assert str(inside.parent) in packed and (path.suffix == ".py" or any(path.match(p) for p in patterns)), inside
