@@ -57,7 +57,6 @@ def nothing_stays(request, tmp_path, monkeypatch):
     is_linux = sys.platform == "linux"
     num_open = len(os.listdir("/proc/self/fd")) if is_linux else 0
     yield
-    coderunner.probe.cache_clear()
     if is_linux:
         assert leftovers() == []
         mounted = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
@@ -323,6 +322,17 @@ FORGED = {
             except OSError: pass
         os._exit(0)
         """,
+    "everything copied everywhere": """
+        import os
+        found = b""
+        for fd in range(64):
+            try: found += os.read(fd, 64)
+            except OSError: pass
+        for fd in range(3, 64):
+            try: os.write(fd, found)
+            except OSError: pass
+        os._exit(0)
+        """,
     "a flood of proofs": """
         import os
         while True:
@@ -372,6 +382,7 @@ GOOD = {
     "interpreter": "import subprocess, sys\nassert subprocess.check_output([sys.executable, '-V'])[:6] == b'Python'",
     "libraries": "import decimal, hashlib, json, math, random, re, sqlite3, statistics, zlib",
     "no main": "if __name__ == '__main__': raise ValueError",
+    "other output": "import sys\nsys.stdout = sys.stderr = None",
     "closed output": "import sys\nsys.stdout.close()",
     "output": "print('x' * 100_000)",
 }  # fmt: skip
