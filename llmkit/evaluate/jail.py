@@ -62,8 +62,11 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
 
 
 def write(path: str, text: str) -> None:
-    with open(path, "w", encoding="ascii") as file:
-        file.write(text)
+    try:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(text)
+    except OSError as error:
+        raise OSError(error.errno, f"{path}: {error.strerror}") from None
 
 
 # ---- away from the machine
