@@ -7,8 +7,8 @@ its own (user, PID, network, mount, IPC), no privileges, an almost empty environ
 library (no installed packages) and system folders read-only, and a scratch folder in memory. Home, project, /proc and
 all else do not exist for it. When it ends, so does all that it started. Costs about 25 ms (benchmarks/code_runner.py).
 
-"passed" means that the last line was reached: a nonce that is in no memory of the program goes from one pipe into
-another after it. No printed word, os._exit(0) or SystemExit can stand for that. What remains possible:
+"passed" means that the last line was reached: a nonce that is in no memory of the program goes, turned round, from one
+pipe into another after it. No printed word, os._exit(0) or SystemExit can stand for that. What remains possible:
 - A program written against this very file can copy the nonce itself, or hand tests an object that equals anything: both
   run in one process. Good enough to score models; as a reward to train on, look at what was rewarded.
 - Bugs of the kernel: of its system calls only those are refused that reach past namespaces and limits. For a model that
@@ -195,7 +195,7 @@ def _run(source: str, limits: Limits) -> Outcome:
     if not proof.startswith(READY):
         reason = stopped or stderr.strip().split("\n")[-1] or f"exit code {process.returncode}"
         raise UserError(f"{REFUSED} ({reason}); {ADVICE}")
-    is_proved = secrets.compare_digest(proof, READY + nonce)
+    is_proved = secrets.compare_digest(proof, READY + nonce[::-1])
     status = stopped or _status(process.returncode, is_proved)
     return Outcome(status, stdout, stderr, round(time.monotonic() - started, 4))
 

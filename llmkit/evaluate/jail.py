@@ -62,8 +62,11 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
 
 
 def write(path: str, text: str) -> None:
-    with open(path, "w", encoding="ascii") as file:
-        file.write(text)
+    try:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(text)
+    except OSError as error:
+        raise OSError(error.errno, f"{path}: {error.strerror}") from None
 
 
 # ---- away from the machine
@@ -161,7 +164,7 @@ def drop_privileges(parent: int) -> None:
 
 
 def filter_system_calls() -> None:
-    """seccomp: EPERM for CALLS and for sockets of other families than Unix, IP and netlink. Raises OSError."""
+    """seccomp: EPERM for CALLS and for sockets of families above netlink's. Raises OSError."""
     machine = os.uname().machine
     if machine not in MACHINES:
         raise OSError(f"seccomp: system calls of {machine} are unknown; known: {', '.join(MACHINES)}")
@@ -219,9 +222,10 @@ def _has_children() -> bool:
 
 
 def run(source: bytes, nonce_fd: int, proof_fd: int) -> None:
-    """Runs the program, and then shows that it came to its end: the nonce goes from one pipe into the other.
+    """Runs the program, and then shows that it came to its end: the nonce, turned round, from one pipe into the other.
 
-    Until then it is in no memory of this process. Never returns.
+    Until then it is in no memory of this process. Turned round, since a program that copies whatever it can read to
+    wherever it can write has not come to its end. Never returns.
     """
     me, getpid, read, write, leave = os.getpid(), os.getpid, os.read, os.write, os._exit
     module = types.ModuleType("program")  # not __main__: what is under `if __name__ == ...` is no part of an answer
@@ -231,7 +235,7 @@ def run(source: bytes, nonce_fd: int, proof_fd: int) -> None:
         exec(compile(source.decode("utf-8", "surrogatepass"), "program.py", "exec"), module.__dict__)
         _flush()
         if getpid() == me:  # a fork that falls out of the program is not the program
-            write(proof_fd, read(nonce_fd, 64))
+            write(proof_fd, read(nonce_fd, 64)[::-1])
             code = 0
     except MemoryError:
         code = NO_MEMORY
@@ -243,8 +247,8 @@ def run(source: bytes, nonce_fd: int, proof_fd: int) -> None:
 
 
 def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        if not stream.closed:
+    for stream in (sys.__stdout__, sys.__stderr__):  # ours: what the program put in their place may be anything
+        if stream and not stream.closed:
             stream.flush()
 
 

@@ -4,7 +4,9 @@ A program that looks for a way out swallows every error and passes only if it fo
 """
 
 import os
+import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -27,6 +29,7 @@ except UserError as error:
 isolated = pytest.mark.skipif(bool(missing), reason=missing)
 
 SHORT = Limits(wall_s=0.4, cpu_s=1, memory_bytes=256 << 20)
+PYTHON = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 SECRET = "a-secret-of-the-parent"
 SLEEP = f"77.{os.getpid()}"  # seconds, and a mark of this session
 
@@ -57,7 +60,6 @@ def nothing_stays(request, tmp_path, monkeypatch):
     is_linux = sys.platform == "linux"
     num_open = len(os.listdir("/proc/self/fd")) if is_linux else 0
     yield
-    coderunner.probe.cache_clear()
     if is_linux:
         assert leftovers() == []
         mounted = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
@@ -323,6 +325,17 @@ FORGED = {
             except OSError: pass
         os._exit(0)
         """,
+    "everything copied everywhere": """
+        import os
+        found = b""
+        for fd in range(64):
+            try: found += os.read(fd, 64)
+            except OSError: pass
+        for fd in range(3, 64):
+            try: os.write(fd, found)
+            except OSError: pass
+        os._exit(0)
+        """,
     "a flood of proofs": """
         import os
         while True:
@@ -372,6 +385,7 @@ GOOD = {
     "interpreter": "import subprocess, sys\nassert subprocess.check_output([sys.executable, '-V'])[:6] == b'Python'",
     "libraries": "import decimal, hashlib, json, math, random, re, sqlite3, statistics, zlib",
     "no main": "if __name__ == '__main__': raise ValueError",
+    "other output": "import sys\nsys.stdout = sys.stderr = None",
     "closed output": "import sys\nsys.stdout.close()",
     "output": "print('x' * 100_000)",
 }  # fmt: skip
@@ -408,10 +422,8 @@ def test_many_at_once_keep_their_order():
 @isolated
 def test_programs_die_with_whoever_runs_them():
     """`kill -9` of the caller while a program sleeps."""
-    import subprocess
-
     code = "from llmkit.evaluate.coderunner import run_program\nrun_program('import time; print(1); time.sleep(77)')"
-    caller = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    caller = subprocess.Popen([sys.executable, "-c", code], env=PYTHON)
     mark = b"jail.py\0%d\0" % caller.pid
 
     def count() -> int:
@@ -429,6 +441,17 @@ def test_programs_die_with_whoever_runs_them():
     caller.kill()
     caller.wait()
     wait_for(0)
+
+
+@isolated
+def test_root_of_a_container_who_has_no_other_ids_may_run_programs():
+    """There nobody, whom programs run as, is not mapped, and mounts for nobody were invalid."""
+    if not (tool := shutil.which("unshare")):
+        pytest.skip("needs the tool unshare")
+    code = "from llmkit.evaluate import coderunner as c; print(c._run('', c.Limits()))"
+    command = [tool, "--user", "--map-root-user", sys.executable, "-c", code]
+    done = subprocess.run(command, env=PYTHON, capture_output=True, text=True)
+    assert "status='passed'" in done.stdout, done.stderr
 
 
 # ---- where it does not hold

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import lm_eval
@@ -71,7 +72,7 @@ def toy(tmp_path: Path) -> Path:
 
 def test_all_but_who_runs_the_programs_is_stock():
     ours, stock = (load_yaml(path, resolve_func=False) for path in (OURS, STOCK))
-    told_apart = ("metric_list", "filter_list")
+    told_apart = ("metric_list", "filter_list", "process_docs")
     assert {k: v for k, v in ours.items() if k not in told_apart} == {
         k: v for k, v in stock.items() if k not in told_apart
     }
@@ -105,6 +106,14 @@ def test_without_consent_nothing_runs(tmp_path):
     tasks = task_index.load(manager, ["humaneval"])["tasks"]
     with pytest.raises(ValueError, match="unsafe"):
         lm_eval.evaluate(lm=Answers(lambda doc: ""), task_dict={"tasks": tasks}, bootstrap_iters=0)
+
+
+def test_where_programs_cannot_run_no_model_is_asked(tmp_path, monkeypatch):
+    """Of lm-eval's own command line too: the task itself refuses to be set up."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    coderunner.probe.cache_clear()
+    with pytest.raises(UserError, match="needs Linux"):
+        ask(toy(tmp_path), tmp_path / "work", lambda doc: pytest.fail("asked"))
 
 
 @pytest.mark.real
