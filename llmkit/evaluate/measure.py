@@ -9,6 +9,7 @@ out what the figures mean beside another column's (comparison.py).
 import dataclasses
 import hashlib
 import json
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -102,14 +103,20 @@ def facts(model: Any, column: Column, job: Any) -> dict[str, Any]:
 def unit_key(job: Any, column: Column, loaded: dict[str, Any]) -> str:
     """Of all that decides the results of a task or group."""
     config = job.config
-    definitions = {}
-    for name, task in sorted(loaded["tasks"].items()):
-        shown = {k: v for k, v in task.config.to_dict().items() if not callable(v)}
-        definitions[name] = [repr(sorted(shown.items(), key=str)), len(task.eval_docs), _hash(task.eval_docs[0])]
+    definitions = {name: _definition(task) for name, task in sorted(loaded["tasks"].items())}
     how = [config.num_fewshot, config.limit, config.gen_kwargs, config.system_instruction, config.max_length]
     is_chat = {job.asking.is_chat(task.OUTPUT_TYPE) for task in loaded["tasks"].values()}
     template = job.asking.hashes.get(column.name) if True in is_chat else None
     return _hash([column.fingerprint, definitions, how, template, config.dtype, config.batch_size])
+
+
+def _definition(task: Any) -> list[str]:
+    """Of a task: its settings, the rows it scores and those it shows; nothing that is another one in every process."""
+    shown = {key: value for key, value in task.config.to_dict().items() if not callable(value)}
+    shown["metadata"] = {k: v for k, v in (shown.get("metadata") or {}).items() if k != "config_source"}  # a path
+    settings = re.sub(r" at 0x[0-9a-f]+", "", repr(sorted(shown.items(), key=str)))  # functions inside lists
+    examples = list(task.fewshot_docs()) if task.config.num_fewshot else []
+    return [settings, _hash(list(task.eval_docs)), _hash(examples)]
 
 
 def _hash(value: Any) -> str:

@@ -82,6 +82,26 @@ def test_what_is_there_is_not_asked_again(pair, out, monkeypatch, capsys):
         run(out, pair[0], limit=13)  # another question
 
 
+def test_rows_of_local_files_decide_whether_a_task_is_asked_again(pair, out, tmp_path, capsys):
+    """Local data goes through a definition at a temporary path, and its functions lie at new addresses each time."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "t.yaml").write_text(
+        "task: mine\ndataset_path: me/mine\ntest_split: test\noutput_type: generate_until\ndoc_to_text: '{{q}}'\n"
+        "doc_to_target: two\ngeneration_kwargs: {until: ['.'], max_gen_toks: 4}\n"
+        "filter_list: [{name: f, filter: [{function: custom, filter_fn: !function utils.first}]}]\n"
+    )
+    (mine / "utils.py").write_text("def first(resps, docs):\n    return [answers[0] for answers in resps]\n")
+    data = mine / "mine_test.jsonl"
+    data.write_text('{"q": "one"}\n{"q": "two"}\n')
+    words = [pair[1], "--include_path", str(mine), "--data_dir", str(mine)]
+    for second, said in (("two", False), ("two", True), ("old", False)):
+        data.write_text(f'{{"q": "one"}}\n{{"q": "{second}"}}\n')
+        capsys.readouterr()
+        assert run(out, *words, tasks="mine") == 0
+        assert ("all there already" in capsys.readouterr().out) is said, second
+
+
 def test_a_later_stage_joins_and_leaves_the_rest_alone(pair, out):
     run(out, pair[1])
     written = (out / "columns/tuned/results.json").stat().st_mtime_ns

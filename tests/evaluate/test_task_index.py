@@ -137,6 +137,13 @@ def test_code_of_a_model_runs_only_shut_off_and_when_asked(tmp_path, monkeypatch
     assert asked == [1]  # before any answer is asked for
     mine = tmp_path / "mine"
     mine.mkdir()
+    mine.joinpath("t.yaml").write_text("task: humaneval\nunsafe_code: true\ndataset_path: json\n")
+    with pytest.raises(UserError, match="task 'humaneval' runs code that the model wrote with all your rights"):
+        task_index.check_code(make_manager(["humaneval"], str(mine), None, tmp_path), ["humaneval"], is_allowed=True)
+    rows(tmp_path / "humaneval.jsonl", {"prompt": "", "test": "", "entry_point": ""})
+    local = make_manager(["humaneval"], None, tmp_path, tmp_path / "work")
+    assert str(local.task_index["humaneval"].yaml_path).startswith(str(tmp_path))
+    task_index.check_code(local, ["humaneval"], is_allowed=True)
     mine.joinpath("t.yaml").write_text("task: mine\nunsafe_code: true\ndataset_path: json\n")
     with pytest.raises(
         UserError, match="task 'mine' runs code that the model wrote with all your rights; allowed: humaneval"
