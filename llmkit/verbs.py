@@ -290,7 +290,7 @@ class EvalConfig:
     )
     system_instruction: str | None = option(None, "system prompt of every question")
     # raw text
-    eval_datasets: list = option([], "raw text: list of {path, data_files, ..., shard}; none: what the runs were validated on")
+    eval_datasets: list = option([], "raw text: list of {path, data_files, ..., shard}; none: that of the runs")
     window: int | None = option(None, "tokens of context in perplexity; null: the smallest context among the models")
     # regression prompts
     regression: str | None = option(None, "a regression.yaml: prompts with what their answers must be")
