@@ -1,6 +1,6 @@
 """One column: the model loaded once, asked all that is not answered yet, every answer kept.
 
-Owns columns/NAME of an evaluation: results.json, samples/*.jsonl, prompts.txt.   measure(job, column)
+Owns columns/NAME of an evaluation: results.json, samples/TASK.jsonl, prompts/TASK.txt.   measure(job, column)
 
 A result is kept under a key of all that decides it: the model's bytes, the task's definition, how it was asked. Leaves
 out what the figures mean beside another column's (comparison.py).
@@ -60,7 +60,9 @@ def measure(job: Any, column: Column) -> dict[str, Any]:
     keys = {unit: unit_key(job, column, loaded[unit]) for unit in job.units}
     units = [unit for unit in job.units if results["units"].get(unit, {}).get("key") != keys[unit]]
     texts = {name: _texts(job, name) for name in job.shards}
-    shard_keys = {name: _hash([job.window, column.fingerprint, *rows[0]]) for name, rows in texts.items()}
+    shard_keys = {
+        name: _hash([job.window, column.fingerprint, job.config.dtype, *rows[0]]) for name, rows in texts.items()
+    }
     shards = [name for name in texts if results["shards"].get(name, {}).get("key") != shard_keys[name]]
     prompts_key = _hash([column.fingerprint, job.asking.hashes.get(column.name), job.config.dtype, job.prompts])
     needs_replies = bool(job.prompts) and results.get("regression", {}).get("key") != prompts_key
@@ -103,19 +105,19 @@ def facts(model: Any, column: Column, job: Any) -> dict[str, Any]:
 def unit_key(job: Any, column: Column, loaded: dict[str, Any]) -> str:
     """Of all that decides the results of a task or group."""
     config = job.config
-    definitions = {name: _definition(task) for name, task in sorted(loaded["tasks"].items())}
+    definitions = {name: _definition(task, config.num_fewshot) for name, task in sorted(loaded["tasks"].items())}
     how = [config.num_fewshot, config.limit, config.gen_kwargs, config.system_instruction, config.max_length]
     is_chat = {job.asking.is_chat(task.OUTPUT_TYPE) for task in loaded["tasks"].values()}
     template = job.asking.hashes.get(column.name) if True in is_chat else None
     return _hash([column.fingerprint, definitions, how, template, config.dtype, config.batch_size])
 
 
-def _definition(task: Any) -> list[str]:
+def _definition(task: Any, num_fewshot: int | None) -> list[str]:
     """Of a task: its settings, the rows it scores and those it shows; nothing that is another one in every process."""
     shown = {key: value for key, value in task.config.to_dict().items() if not callable(value)}
     shown["metadata"] = {k: v for k, v in (shown.get("metadata") or {}).items() if k != "config_source"}  # a path
     settings = re.sub(r" at 0x[0-9a-f]+", "", repr(sorted(shown.items(), key=str)))  # functions inside lists
-    examples = list(task.fewshot_docs()) if task.config.num_fewshot else []
+    examples = list(task.fewshot_docs()) if task.config.num_fewshot or num_fewshot else []
     return [settings, _hash(list(task.eval_docs)), _hash(examples)]
 
 

@@ -351,10 +351,11 @@ def test_a_changed_recipe_or_text_starts_afresh(tmp_path, monkeypatch, capsys):
 def test_the_work_of_a_run_that_is_still_going_is_left_alone(tmp_path):
     config = corpus(tmp_path, [sentence(i) for i in range(9)])
     run = Run.start(tmp_path / "corpus", "data", config, {})
-    (tmp_path / "corpus/work/another").mkdir(parents=True)
+    another = tmp_path / "corpus" / "work" / "another"
+    another.mkdir(parents=True)
     with pytest.raises(UserError, match="another run is writing there"):
         prepare.main(config)
-    assert (tmp_path / "corpus/work/another").is_dir()
+    assert another.is_dir()
     run.unlock()
     prepare.main(config)
     assert not (tmp_path / "corpus/work").exists()

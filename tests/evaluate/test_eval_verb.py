@@ -193,3 +193,13 @@ def test_regression_prompts_are_kept_compared_and_accepted(pair, out, tmp_path, 
     said = capsys.readouterr().out
     assert "something else" in said and "1 of 1 accepted answers changed" in said
     assert comparison(out)["regression"]["prompts"][0]["answers"]["tuned"]["changed"] is True
+
+
+def test_raw_text_in_another_dtype_is_scored_again(pair, out, tmp_path):
+    (tmp_path / "text.txt").write_text("The red cat.\n\nOne blue dog.")
+    entry = json.dumps([{"path": "text", "data_files": str(tmp_path / "text.txt"), "shard": "words"}])
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        run(out, pair[0], "--eval_datasets", entry, "--dtype", dtype, tasks=None)
+        losses.append(comparison(out)["shards"][0]["scores"]["base"]["loss"])
+    assert losses[0] != losses[1]
