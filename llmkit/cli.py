@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import __version__, config, launch, run, verbs
+from . import __version__, config, launch, run, tuning, verbs
 
 # verb -> (module, config class, what it does)
 VERBS: dict[str, tuple[str, type, str]] = {
@@ -28,7 +28,12 @@ VERBS: dict[str, tuple[str, type, str]] = {
     "tokenizer check": ("data.tokenizer_check", verbs.TokenizerCheckConfig, "check any tokenizer, also on your text"),
     "inspect": ("data.inspect_verb", verbs.InspectConfig, "show what the model will really see, token by token"),
     "pretrain": ("train.pretrain", verbs.PretrainConfig, "train a causal LM from scratch, or go on training one"),
-    "sft": ("align.sft", verbs.SftConfig, "tune any causal LM on instructions: full, LoRA, QLoRA, DoRA"),
+    "sft": ("align.sft", tuning.SftConfig, "tune any causal LM on instructions: full, LoRA, QLoRA, DoRA"),
+    "dpo": ("align.dpo", tuning.DpoConfig, "tune on preference pairs: DPO and its relatives"),
+    "kto": ("align.kto", tuning.KtoConfig, "tune on answers marked good or bad"),
+    "rrhf": ("align.rrhf", tuning.RrhfConfig, "tune on ranked answers"),
+    "reward": ("align.reward_model", tuning.RewardConfig, "train a reward model on preference pairs"),
+    "grpo": ("align.grpo", tuning.GrpoConfig, "tune on rewards, watched for reward hacking"),
     "eval": ("evaluate.verb", verbs.EvalConfig, "compare models side by side: tasks, perplexity, regression prompts"),
     "report": ("report.report", verbs.ReportConfig, "every stage on one page: gained, lost, curves, alarms, lineage"),
     "merge": ("align.merge", verbs.MergeConfig, "write adapter and base as one plain model, checked"),
@@ -36,7 +41,8 @@ VERBS: dict[str, tuple[str, type, str]] = {
     "export": ("deploy.export", verbs.ExportConfig, "write a plain Qwen3 or Llama folder that needs no llmkit"),
 }
 # verb -> the module whose `get_subject(settings, tier)` hands it to the checks
-PREFLIGHT = {"pretrain": "train.preflight", "sft": "align.preflight"}
+TUNING = ("sft", "dpo", "kto", "rrhf", "reward", "grpo")
+PREFLIGHT = {"pretrain": "train.preflight"} | dict.fromkeys(TUNING, "align.preflight")
 
 
 def usage() -> str:

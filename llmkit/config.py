@@ -186,10 +186,11 @@ def _passed_on_hint(cls: Any, key: str) -> Any:
     if key in NOT_PASSED_ON or key.startswith("hub_"):
         raise UserError(f"key {key!r} of TRL is not used here; write {NOT_PASSED_ON.get(key, 'nothing')}")
     try:  # only for such a key: seconds of import
+        import transformers
         import trl
     except ImportError:
         return None
-    theirs = getattr(trl, cls.PASSES_ON)
+    theirs = getattr(trl, cls.PASSES_ON, None) or getattr(transformers, cls.PASSES_ON)
     names = {field.name for field in dataclasses.fields(theirs)}
     return typing.get_type_hints(theirs)[key] if key in names else None
 

@@ -38,7 +38,7 @@ CHECK = "check.json"  # what the checks before the run found
 HANDED_OVER: dict[str, str] = {}  # file name -> text: found before the run, written into its folder once there is one
 LOCK = ".lock"  # in the run folder while a run writes there
 HOLDS_A_RUN = ("model", "adapter", "checkpoints", "result.json")
-LOGS = ("metrics.jsonl", "alerts.jsonl")
+LOGS = ("metrics.jsonl", "alerts.jsonl", "samples.jsonl")
 PARTIAL = re.compile(r"\.(step-\d{8}|model|adapter)\.(old|gone|\w{8})")  # what `written_beside` names
 
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import llmkit.model  # noqa: F401  registers our own
 from llmkit.align.lora import add_adapter, grow_embeddings, quantization
 from llmkit.hardware import Device
-from llmkit.verbs import SftConfig
+from llmkit.tuning import SftConfig
 
 CPU = Device("cpu", "test", False, 1, None)
 ROWS = 448

@@ -10,7 +10,8 @@ import yaml
 
 from llmkit.cli import VERBS
 from llmkit.config import RENAMED, UserError, describe, dump, load, option
-from llmkit.verbs import ExportConfig, GenerateConfig, PretrainConfig, SftConfig
+from llmkit.tuning import SftConfig
+from llmkit.verbs import ExportConfig, GenerateConfig, PretrainConfig
 
 FILES = (Path(__file__).parent.parent / "recipes").glob("*/*.yaml")
 RECIPES = sorted(path for path in FILES if path.name != "regression.yaml")  # a list of prompts: tests/evaluate

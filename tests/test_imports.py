@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "llmkit"
 FRONT_DESK = ("cli", "launch", "env")
-BASE = ("config", "verbs", "run", "hardware", "axes")
+BASE = ("config", "verbs", "tuning", "run", "hardware", "axes")
 STAGES = ("plan", "deploy", "align", "train", "evaluate", "data", "model", "check")  # from left to right
 SIBLINGS = {"data", "model"}  # neither imports the other
 HEAVY = {"trl", "deepspeed", "bitsandbytes", "gradio", "lm_eval", "trackio", "peft", "matplotlib"}

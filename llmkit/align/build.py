@@ -28,19 +28,27 @@ from ..data.tokenizer import CHAT, load_tokenizer
 from ..hardware import Device
 from ..run import resolve_model_dir
 from ..train.build import probe_attention
-from ..verbs import SftConfig
+from ..tuning import TuningConfig
 from . import lora
 
-# keys, what their value must be, how to say it
+# keys, what their value must be, how to say it; a verb that lacks a key skips it
 BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
     (
         "max_length per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps "
-        "eval_steps save_steps save_total_limit max_new_tokens overfit eval_tasks_limit",
+        "eval_steps save_steps save_total_limit max_new_tokens overfit eval_tasks_limit max_completion_length "
+        "steps_per_generation num_iterations gold_prompts",
         lambda v: v >= 1,
         "1 or more",
     ),
-    ("learning_rate weight_decay warmup_steps max_grad_norm", lambda v: 0 <= v < math.inf, "0 or more"),
-    ("max_steps num_train_epochs max_bad_rows eval_answers", lambda v: 0 <= v < math.inf, "0 or more"),
+    ("num_generations", lambda v: v >= 2, "2 or more: answers are compared with each other"),
+    ("beta", lambda v: 0 <= v < math.inf, "0 or more"),
+    ("temperature", lambda v: 0 < v < math.inf, "above 0"),
+    (
+        "learning_rate weight_decay warmup_steps max_grad_norm rank_weight desirable_weight undesirable_weight",
+        lambda v: 0 <= v < math.inf,
+        "0 or more",
+    ),
+    ("max_steps num_train_epochs max_bad_rows eval_answers eval_samples", lambda v: 0 <= v < math.inf, "0 or more"),
     ("seed data_seed", lambda v: 0 <= v < 2**32, "0 to 4294967295"),
     ("adam_beta1 adam_beta2 test_split_size", lambda v: 0 <= v < 1, "0 or more, below 1"),
     ("adam_epsilon", lambda v: v > 0, "above 0"),
@@ -54,10 +62,16 @@ DEPENDENT: list[tuple[str, Callable[[Any], bool], str]] = [
     ("save_total_limit", lambda c: c.save_steps is not None, "without save_steps"),
     ("num_train_epochs", lambda c: c.max_steps == 0, "with max_steps"),
     ("project run_name", lambda c: c.report_to != "none", "without report_to: trackio"),
-    ("max_new_tokens", lambda c: bool(c.eval_answers or c.overfit), "without eval_answers"),
+    ("max_new_tokens", lambda c: _has_answers(c), "without eval_answers or eval_samples"),
     ("eval_answers", lambda c: bool(c.eval_datasets or c.test_split_size), "without a validation shard"),
+    ("lora_dropout", lambda c: not getattr(c, "disable_dropout", False), "with disable_dropout: true"),
+    ("loss_weights", lambda c: isinstance(c.loss_type, list), "with one loss_type"),
     *lora.DEPENDENT,
 ]
+
+
+def _has_answers(config: Any) -> bool:
+    return any(getattr(config, key, None) for key in ("eval_answers", "overfit", "eval_samples"))
 
 
 def check_config(config: Any) -> None:
@@ -70,12 +84,14 @@ def check_config(config: Any) -> None:
         raise UserError("datasets is missing; name rows, e.g. datasets: [{path: json, data_files: rows.jsonl}]")
     for keys, is_allowed, allowed in BOUNDS:
         for key in keys.split():
-            value = getattr(config, key)
+            value = getattr(config, key, None)
             if value is not None and not is_allowed(value):
                 raise UserError(f"{key}={value}; allowed: {allowed}")
     for keys, is_used, needed in DEPENDENT:
         for key in keys.split():
-            if not is_used(config) and getattr(config, key) != getattr(type(config)(), key):
+            if not hasattr(config, key) or getattr(config, key) == getattr(type(config)(), key):
+                continue
+            if not is_used(config):
                 raise UserError(f"{key}={getattr(config, key)!r} has no effect {needed}; remove it")
     if not config.max_steps and config.num_train_epochs <= 0:
         raise UserError(f"num_train_epochs={config.num_train_epochs}; allowed: above 0, or set max_steps")
@@ -160,17 +176,20 @@ def _set_template(tokenizer: Any, template: Template, asked: str | None, parent:
 # ---- model
 
 
-def load_model(config: Any, quantization: Any = None, device: Device | None = None) -> PreTrainedModel:
+def load_model(
+    config: Any, quantization: Any = None, device: Device | None = None, cls: Any = AutoModelForCausalLM, **more: Any
+) -> PreTrainedModel:
     """The weights that the recipe starts from. Raises UserError."""
     path = resolve_model_dir(config.model_name_or_path)
-    more: dict[str, Any] = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    if config.attn_implementation:
+        more["attn_implementation"] = config.attn_implementation
     if quantization is not None:
         more["quantization_config"] = quantization
     if device and (quantization is not None or "quantization_config" in lora.stored_config(path)):
         rank = os.environ.get("LOCAL_RANK", "0")
         more["device_map"] = {"": f"cuda:{rank}" if device.type == "cuda" else device.type}  # else: any GPU there is
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return cls.from_pretrained(
             path,
             revision=config.model_revision,
             trust_remote_code=config.trust_remote_code,
@@ -182,7 +201,11 @@ def load_model(config: Any, quantization: Any = None, device: Device | None = No
 
 
 def get_model(
-    config: Any, tokenizer: PreTrainedTokenizerBase, template: Template, device: Device
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    device: Device,
+    load: Callable[..., PreTrainedModel] = load_model,
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model to train, adapters included, and lines to say. Raises UserError for what does not fit."""
     path = resolve_model_dir(config.model_name_or_path)
@@ -191,13 +214,13 @@ def get_model(
             f"model_name_or_path={path!r} is an adapter; write one model of it and its base first: "
             f"llmkit merge --model_name_or_path {path} --output_dir merged"
         )
-    model = load_model(config, lora.quantization(config, path, device), device)
+    model = load(config, lora.quantization(config, path, device), device)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and limit < config.max_length:
         raise UserError(
             f"max_length={config.max_length} exceeds the model's max_position_embeddings={limit}; lower the first"
         )
-    if config.packing and not _keeps_apart(model, config):
+    if getattr(config, "packing", False) and not _keeps_apart(model, config):
         raise UserError(
             f"packing=true: {model.config.model_type} does not keep packed rows apart with "
             f"attn_implementation={model.config._attn_implementation!r}; set packing to false"
@@ -209,6 +232,38 @@ def get_model(
     if config.use_peft:
         model = lora.add_adapter(model, config, sorted({*template.new_tokens, *added}))
     return model, notes
+
+
+def get_reference(config: Any, tokenizer: PreTrainedTokenizerBase, template: Template, model: Any) -> Any:
+    """The frozen model that preferences are measured against; None under LoRA, where it is the base without adapter.
+
+    Raises UserError for a reference with another vocabulary: its log-probabilities would be those of other texts.
+    """
+    name = config.ref_model_name_or_path
+    if name is None and config.use_peft:
+        return None
+    at = dataclasses.replace(config, model_name_or_path=name or config.model_name_or_path)
+    if name is not None:
+        path = resolve_model_dir(name)
+        theirs = load_tokenizer(path, config.trust_remote_code, "ref_model_name_or_path", config.model_revision)
+        own, other = tokenizer.get_vocab(), theirs.get_vocab()
+        differ = [token for token in sorted(own, key=lambda t: own[t]) if other.get(token) != own[token]]
+        differ = [token for token in differ if own[token] not in template.new_tokens or token in other]
+        if differ:
+            raise UserError(
+                f"ref_model_name_or_path={name!r}: has another tokenizer than model_name_or_path ({len(differ):,} "
+                f"tokens differ, the first is {differ[0]!r}); name a reference with the same one, or none"
+            )
+        trained = parent_manifest(path).get("chat_template")
+        if trained and template.sha256 and trained != template.sha256:
+            raise UserError(
+                f"ref_model_name_or_path={name!r}: was trained with another chat template ({str(trained)[:12]}) than "
+                f"this run has ({template.sha256[:12]}); name a reference with the same one, or none"
+            )
+    reference = load_model(at)
+    lora.grow_embeddings(reference, model.get_input_embeddings().weight.shape[0])
+    reference.config.use_cache = False
+    return reference.requires_grad_(False).eval()
 
 
 def _keeps_apart(model: PreTrainedModel, config: Any) -> bool:
@@ -229,12 +284,14 @@ def _keeps_apart(model: PreTrainedModel, config: Any) -> bool:
 
 def _set_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
     """Generation ends with the turn, and with the document as before."""
+    text_config = model.config.get_text_config()
+    text_config.eos_token_id, text_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if not hasattr(model, "generation_config"):  # a classifier
+        return
     known = model.generation_config.eos_token_id
     known = known if isinstance(known, list) else [known]
     ends = [template.end_of_turn, tokenizer.eos_token_id, *known]
     ids = list(dict.fromkeys(i for i in ends if i is not None))
-    text_config = model.config.get_text_config()
-    text_config.eos_token_id, text_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     model.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
 
@@ -330,7 +387,7 @@ def _deepspeed(kind: str, device: Device) -> dict[str, Any]:
     return given
 
 
-def model_config(config: SftConfig) -> Any:
+def model_config(config: TuningConfig) -> Any:
     """The config alone, for the checks before a run. Raises UserError."""
     path = resolve_model_dir(config.model_name_or_path)
     try:

@@ -29,7 +29,7 @@ from .. import model as ours  # noqa: F401  registers llmkit with the Auto class
 from ..config import UserError
 from ..hardware import Device
 from ..run import resolve_model_dir
-from ..verbs import SftConfig
+from ..tuning import TuningConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -63,7 +63,7 @@ def stored_config(path: str, revision: str = "main") -> dict[str, Any]:
         return {}
 
 
-def quantization(config: SftConfig, path: str, device: Device) -> BitsAndBytesConfig | None:
+def quantization(config: TuningConfig, path: str, device: Device) -> BitsAndBytesConfig | None:
     """How the base at `path` is loaded: None as it is stored, else in 4 or 8 bit. Raises UserError where it cannot be.
 
     Arithmetic is in bfloat16 where the GPU has it, else in float32. Embeddings, norms and head are never quantised.
@@ -97,6 +97,10 @@ def quantization(config: SftConfig, path: str, device: Device) -> BitsAndBytesCo
         bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
         bnb_4bit_compute_dtype=torch.bfloat16 if device.type == "cuda" and device.bf16 else torch.float32,
     )
+
+
+def is_classifier(model: nn.Module) -> bool:
+    return type(model).__name__.endswith("ForSequenceClassification")
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -189,7 +193,7 @@ def _check_names(model: nn.Module, key: str, targets: str | Sequence[str]) -> No
             )
 
 
-def _check_targets(model: PreTrainedModel, config: SftConfig) -> None:
+def _check_targets(model: PreTrainedModel, config: TuningConfig) -> None:
     """Raises UserError for targets that match nothing, or whose adapter would not be trained or could not be merged."""
     targets = config.lora_target_modules
     if targets != "all-linear":
@@ -227,7 +231,9 @@ def _is_tied(model: PreTrainedModel) -> bool:
 # ---- the adapter
 
 
-def _trained_rows(model: PreTrainedModel, config: SftConfig, ids: list[int]) -> tuple[dict[str, list[int]], list[str]]:
+def _trained_rows(
+    model: PreTrainedModel, config: TuningConfig, ids: list[int]
+) -> tuple[dict[str, list[int]], list[str]]:
     """{module: rows} to train of embedding and untied head, and the modules to train in full.
 
     A head with bias is trained in full: PEFT (0.21) would drop the bias where it trains rows.
@@ -259,7 +265,7 @@ def train_in_float32(model: nn.Module) -> None:
             p.data = p.data.float()
 
 
-def add_adapter(model: PreTrainedModel, config: SftConfig, new_token_ids: Iterable[int] = ()) -> "PeftModel":
+def add_adapter(model: PreTrainedModel, config: TuningConfig, new_token_ids: Iterable[int] = ()) -> "PeftModel":
     """The model under a fresh adapter, base frozen; rows of `new_token_ids` are trained and saved with it.
 
     Raises UserError for keys that fit no module of this model.
@@ -284,7 +290,7 @@ def add_adapter(model: PreTrainedModel, config: SftConfig, new_token_ids: Iterab
         use_dora=config.use_dora,
         trainable_token_indices=rows or None,
         ensure_weight_tying=trains_tied,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if is_classifier(model) else "CAUSAL_LM",  # PEFT then trains and saves the new head
     )
     if is_quantized(model):
         keep_unpacked(model)

@@ -1,11 +1,13 @@
-"""An SFT recipe as a subject of the checks: its own trainer, handed over like anyone's.
+"""A tuning recipe as a subject of the checks: its own trainer, handed over like anyone's.
 
 subject = get_subject(config, tier=2)      # llmkit check recipe.yaml, llmkit inspect recipe.yaml
 """
 
 import dataclasses
+import importlib
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +15,42 @@ from rich.console import Console
 
 from ..check.attach import builder, from_parts
 from ..check.subject import Subject
-from ..data.chat import Bad, load_rows
+from ..data.chat import ANSWERS, LABELLED, PAIRS, PROMPTS, RANKED, Bad, load_rows
+from ..data.preferences import as_answers
 from ..data.sources import parse_sources
 from ..run import check_output_dir, quiet_libraries, resolve_model_dir
 from ..train.overfit import for_overfit
-from ..verbs import SftConfig
+from ..tuning import DpoConfig, GrpoConfig, KtoConfig, RewardConfig, RrhfConfig, SftConfig, TuningConfig
 from .build import check_config, get_tokenizer, model_config
 from .rows import Labeller, has_chats
-from .sft import prepare
 
 ROWS = 400  # handed over raw
+# keys of a verb -> the module that prepares it, the rows that it reads
+STAGES: dict[type[TuningConfig], tuple[str, str]] = {
+    SftConfig: ("sft", ANSWERS),
+    DpoConfig: ("dpo", PAIRS),
+    KtoConfig: ("kto", LABELLED),
+    RrhfConfig: ("rrhf", RANKED),
+    RewardConfig: ("reward_model", PAIRS),
+    GrpoConfig: ("grpo", PROMPTS),
+}
 
 
-def get_subject(config: SftConfig, tier: int, is_data_only: bool = False, is_start: bool = False) -> Subject:
-    """Tokenizer, template, config and raw rows for tier 0; the trainer itself from tier 1. Raises UserError as `sft`.
+def get_subject(config: Any, tier: int, is_data_only: bool = False, is_start: bool = False) -> Subject:
+    """Tokenizer, template, config and raw rows for tier 0; the trainer from tier 1. Raises UserError as the verb.
 
     `is_data_only` changes nothing: rows come out of the whole trainer. `is_start`: output_dir must be free.
     """
     quiet_libraries()
-    config = for_overfit(config)
+    if isinstance(config, SftConfig):
+        config = for_overfit(config)
     check_config(config)
     if is_start and not config.resume_from_checkpoint:
         check_output_dir(Path(config.output_dir))
+    module, kind = STAGES[type(config)]
     if tier == 0:
-        return _files_only(config)
+        return _files_only(config, kind)
+    prepare: Callable[..., Any] = importlib.import_module(f".{module}", __package__).prepare
     job = prepare(config, Console(quiet=True))
     subject = from_parts(trainer=job.trainer, dataset=_raw(job.data.train), target=config.model_name_or_path)
     subject.eval_rows = [row for rows in job.data.shards.values() for row in _raw(rows)][:ROWS]
@@ -45,18 +59,17 @@ def get_subject(config: SftConfig, tier: int, is_data_only: bool = False, is_sta
     return subject
 
 
-def _files_only(config: SftConfig) -> Subject:
+def _files_only(config: Any, kind: str) -> Subject:
     sources = parse_sources(config.datasets, "datasets")
     parse_sources(config.eval_datasets, "eval_datasets")
-    is_chat = any(has_chats(source, config) for source in sources)
+    is_chat = any(has_chats(source, config, kind) for source in sources)
     tokenizer, _ = get_tokenizer(config, is_chat)
-    rows = list(
-        itertools.islice(
-            (row for row in load_rows(sources[0], Path(config.data_dir)) if not isinstance(row, Bad)), ROWS
-        )
-    )
+    good = (row for row in load_rows(sources[0], Path(config.data_dir), kind) if not isinstance(row, Bad))
+    rows = [] if kind == PROMPTS else [as_answers(row) for row in itertools.islice(good, ROWS)]
     settings = dataclasses.asdict(config)
-    if rows:
+    if kind != ANSWERS:
+        settings["completion_only_loss"] = True
+    elif rows:
         settings |= Labeller(tokenizer, config).settings(rows[0])
     subject = Subject(
         target=config.model_name_or_path,
@@ -74,11 +87,11 @@ def _files_only(config: SftConfig) -> Subject:
     return subject
 
 
-def _locate(subject: Subject, config: SftConfig) -> None:
+def _locate(subject: Subject, config: TuningConfig) -> None:
     path = Path(resolve_model_dir(config.model_name_or_path))
     subject.folder = path if path.is_dir() else None
     subject.trust_remote_code = config.trust_remote_code
 
 
 def _raw(rows: Any) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in rows.select(range(min(ROWS, len(rows))))["raw"]]
+    return [as_answers(json.loads(text)) for text in rows.select(range(min(ROWS, len(rows))))["raw"]]

@@ -1,4 +1,4 @@
-"""Rows in TRL's columns -> tokens and labels: what instruction tuning reads.
+"""Rows in TRL's columns -> tokens: what the post-training verbs read.
 
 Owns which tokens of a row are trained, that no row is cut or dropped unseen, the mixture, the held-out split, packing.
 
@@ -6,7 +6,7 @@ Owns which tokens of a row are trained, that no row is cut or dropped unseen, th
 
 labels[t] == ids[t], the loss shifts by one; -100 is not trained. The tokens are those of TRL's own preparation
 (`check/audit.py` makes them, the tests compare); it is not used, since it cuts long rows in silence.
-Leaves out batches: TRL's collator makes them.
+Leaves out batches: TRL's collator makes them; and preferences and prompts: `preferences.py`.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
@@ -27,27 +27,46 @@ from transformers import PreTrainedTokenizerBase
 
 from ..check.audit import MARKS, tokenize_row, training_template
 from ..config import UserError
-from ..data.chat import Bad, load_rows
+from ..data.chat import ANSWERS, Bad, load_rows
 from ..data.sources import Source, describe, parse_sources
-from ..verbs import SftConfig
+from ..tuning import SftConfig, TuningConfig
 
 IGNORE = -100
-FEATURES = datasets.Features(
-    {
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "labels": datasets.List(datasets.Value("int32")),
-        "row": datasets.Value("int32"),  # in its source, from 1
-        "raw": datasets.Value("string"),  # the row in TRL's columns, as JSON
-    }
-)
+IDS = datasets.List(datasets.Value("int32"))
+ALWAYS = {
+    "row": datasets.Value("int32"),  # in its source, from 1
+    "raw": datasets.Value("string"),  # the row in TRL's columns, as JSON
+}
 
 
 class CannotTrain(ValueError):
     """Why a row is left out."""
 
 
+class Encoder(Protocol):
+    """What a verb makes of a row."""
+
+    tokenizer: PreTrainedTokenizerBase
+    kind: str  # of rows: see data/chat.py
+    features: dict[str, Any]  # of the columns it makes
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The columns. Raises CannotTrain."""
+
+    def sequences(self, columns: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+        """(ids, labels) of every sequence that a row's columns hold, to be counted."""
+
+    def settings(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What the recipe leaves open and the row decides."""
+
+    def describe(self, row: dict[str, Any]) -> str: ...
+
+
 class Labeller:
     """Tokens and labels of a row; what is trained follows from the row's columns unless the recipe says otherwise."""
+
+    kind = ANSWERS
+    features = {"input_ids": IDS, "labels": IDS}
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: SftConfig):
         self.tokenizer, self.config = tokenizer, config
@@ -70,7 +89,7 @@ class Labeller:
             "completion_only_loss": bool(is_pair or (only_answers and not can_mask)),
         }
 
-    def __call__(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """ids and labels. Raises CannotTrain."""
         settings = self.settings(row)
         given = _as_pair(row) if settings["completion_only_loss"] and "messages" in row else row
@@ -78,12 +97,16 @@ class Labeller:
         try:
             ids, is_trained = tokenize_row(self.tokenizer, settings, given, template)
         except Exception as error:  # templates raise what they like
-            raise CannotTrain(f"the chat template refuses it ({_first_line(error)})") from None
+            raise CannotTrain(f"the chat template refuses it ({first_line(error)})") from None
         if len(ids) > self.config.max_length and not self.can_be_long:
             raise CannotTrain(f"longer than max_length={self.config.max_length}")
         if True not in is_trained[1:]:  # the first token is predicted by nothing
             raise CannotTrain("no token to train on")
-        return ids, [i if keep else IGNORE for i, keep in zip(ids, is_trained, strict=True)]
+        labels = [i if keep else IGNORE for i, keep in zip(ids, is_trained, strict=True)]
+        return {"input_ids": ids, "labels": labels}
+
+    def sequences(self, columns: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+        return [(columns["input_ids"], columns["labels"])]
 
     def describe(self, row: dict[str, Any]) -> str:
         settings = self.settings(row)
@@ -103,7 +126,7 @@ def _as_pair(row: dict[str, Any]) -> dict[str, Any]:
     return rest | {"prompt": messages[:-1], "completion": messages[-1:]}
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
@@ -126,21 +149,22 @@ class Data:
         return self.facts[f"shard.{name}"]["trained_bytes"]
 
 
-def get_data(config: SftConfig, labeller: Labeller) -> Data:
-    """Reads, labels, mixes, splits. Raises UserError, also when more rows are bad than max_bad_rows."""
+def get_data(config: TuningConfig, encoder: Encoder) -> Data:
+    """Reads, encodes, mixes, splits. Raises UserError, also when more rows are bad than max_bad_rows."""
     seed = config.seed if config.data_seed is None else config.data_seed
     notes: list[str] = []
     bad: dict[str, list[Bad]] = {}
     sources = parse_sources(config.datasets, "datasets")
-    limit = config.overfit if len(sources) == 1 else None
-    parts = [_label(source, config, labeller, notes, bad, limit) for source in sources]
+    overfit: int | None = getattr(config, "overfit", None)
+    limit = overfit if len(sources) == 1 else None
+    parts = [_encode(source, config, encoder, notes, bad, limit) for source in sources]
     train = _mix(parts, [source.fraction for source in sources], seed)
     shards = {}
     for i, source in enumerate(parse_sources(config.eval_datasets, "eval_datasets")):
         name = source.shard or source.name or f"validation{i}"
         if name in shards:
             raise UserError(f"eval_datasets: two shards named {name!r}; set `shard:` on each")
-        shards[name] = _label(source, config, labeller, notes, bad)
+        shards[name] = _encode(source, config, encoder, notes, bad)
     _check_bad(bad, config)
     if config.test_split_size:
         if "validation" in shards:
@@ -152,23 +176,22 @@ def get_data(config: SftConfig, labeller: Labeller) -> Data:
         split = train.train_test_split(test_size=round(config.test_split_size * len(train)), seed=seed)
         train, shards["validation"] = split["train"], split["test"]
         notes.append(f"held out  {len(shards['validation']):,} of the training rows as validation, by seed {seed}")
-    if config.overfit and "text" in json.loads(train[0]["raw"]):
-        raise UserError(f"overfit={config.overfit}: text has no answers to come back; `llmkit pretrain --overfit` has")
-    if config.overfit:
-        train, shards = train.select(range(min(config.overfit, len(train)))), {}
     if not len(train):
         raise UserError("datasets: no row that can be trained on; `llmkit inspect` shows what there is")
-    tokenizer = labeller.tokenizer
-    facts: dict[str, Any] = {"train": _facts(train)}
-    facts |= {f"shard.{name}": _facts(rows, tokenizer) for name, rows in shards.items()}
+    if overfit and "text" in json.loads(train[0]["raw"]):
+        raise UserError(f"overfit={overfit}: text has no answers to come back; `llmkit pretrain --overfit` has")
+    if overfit:
+        train, shards = train.select(range(min(overfit, len(train)))), {}
+    facts: dict[str, Any] = {"train": _facts(train, encoder)}
+    facts |= {f"shard.{name}": _facts(rows, encoder, has_bytes=True) for name, rows in shards.items()}
     facts["bad_rows"] = {name: dict(Counter(b.problem for b in found)) for name, found in bad.items() if found}
-    return Data(train, shards, notes, facts, labeller.settings(json.loads(train[0]["raw"])))
+    return Data(train, shards, notes, facts, encoder.settings(json.loads(train[0]["raw"])))
 
 
-def _label(
+def _encode(
     source: Source,
-    config: SftConfig,
-    labeller: Labeller,
+    config: TuningConfig,
+    encoder: Encoder,
     notes: list[str],
     bad: dict[str, list[Bad]],
     limit: int | None = None,
@@ -180,34 +203,34 @@ def _label(
 
     def rows() -> Iterator[dict[str, Any]]:
         num_good = 0
-        for row in load_rows(source, Path(config.data_dir)):
+        for row in load_rows(source, Path(config.data_dir), encoder.kind):
             if isinstance(row, Bad):
                 found.append(row)
                 continue
             try:
-                ids, labels = labeller(row)
+                columns = encoder(row)
             except CannotTrain as error:
                 found.append(Bad(row["row"], str(error)))
                 continue
             if not first:
                 first.append(row)
-            yield {"input_ids": ids, "labels": labels, "row": row["row"], "raw": json.dumps(row, ensure_ascii=False)}
+            yield {**columns, "row": row["row"], "raw": json.dumps(row, ensure_ascii=False)}
             num_good += 1
             if limit and num_good == limit:
                 return
 
-    dataset = _on_disk(rows)
+    dataset = _on_disk(rows, datasets.Features({**encoder.features, **ALWAYS}))
     if first:
-        notes.append(f"data      {name}: {len(dataset):,} rows, {labeller.describe(first[0])}")
+        notes.append(f"data      {name}: {len(dataset):,} rows, {encoder.describe(first[0])}")
     return dataset
 
 
-def _on_disk(rows: Callable[[], Iterator[dict[str, Any]]]) -> datasets.Dataset:
+def _on_disk(rows: Callable[[], Iterator[dict[str, Any]]], features: datasets.Features) -> datasets.Dataset:
     from datasets.arrow_writer import ArrowWriter
 
     folder = tempfile.TemporaryDirectory(prefix="llmkit-rows-")
     path = f"{folder.name}/rows.arrow"
-    with ArrowWriter(path=path, features=FEATURES) as writer:
+    with ArrowWriter(path=path, features=features) as writer:
         for row in rows():
             writer.write(row)
         writer.finalize()
@@ -228,7 +251,7 @@ def _mix(parts: list[datasets.Dataset], fractions: list[float | None], seed: int
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
-def _check_bad(bad: dict[str, list[Bad]], config: SftConfig) -> None:
+def _check_bad(bad: dict[str, list[Bad]], config: TuningConfig) -> None:
     """Raises UserError for more than max_bad_rows, naming the first row of every problem."""
     total = sum(map(len, bad.values()))
     if total <= config.max_bad_rows:
@@ -253,29 +276,29 @@ def bad_note(data: Data) -> list[str]:
     return lines
 
 
-def has_chats(source: Source, config: SftConfig) -> bool:
+def has_chats(source: Source, config: TuningConfig, kind: str = ANSWERS) -> bool:
     """Whether an entry's first good row needs a chat template."""
-    for row in load_rows(source, Path(config.data_dir)):
+    for row in load_rows(source, Path(config.data_dir), kind):
         if not isinstance(row, Bad):
             return "messages" in row or isinstance(row.get("prompt"), list)
     return False
 
 
-def _facts(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
-    """Rows, tokens, trained tokens, their bytes where there is a tokenizer, and a hash over ids and labels in order."""
+def _facts(rows: datasets.Dataset, encoder: Encoder, has_bytes: bool = False) -> dict[str, Any]:
+    """Rows, tokens, trained tokens, their bytes where asked for, and a hash over ids and labels in order."""
     digest = hashlib.sha256()
     num_tokens = num_trained = num_bytes = 0
-    for batch in rows.with_format("numpy").iter(1000):
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+    for row in rows.select_columns(list(encoder.features)).with_format("numpy"):
+        for ids, labels in encoder.sequences(row):
             digest.update(np.asarray(ids, np.int32).tobytes() + np.asarray(labels, np.int32).tobytes())
             num_tokens += len(ids)
             trained = np.asarray(labels)[1:]
             trained = trained[trained != IGNORE]
             num_trained += len(trained)
-            if tokenizer is not None:
-                num_bytes += len(tokenizer.decode(trained, skip_special_tokens=True).encode())
+            if has_bytes:
+                num_bytes += len(encoder.tokenizer.decode(trained, skip_special_tokens=True).encode())
     told = {"rows": len(rows), "tokens": num_tokens, "trained_tokens": num_trained, "sha256": digest.hexdigest()}
-    return told | ({} if tokenizer is None else {"trained_bytes": num_bytes})
+    return told | ({"trained_bytes": num_bytes} if has_bytes else {})
 
 
 def pack(rows: datasets.Dataset, config: SftConfig) -> datasets.Dataset:

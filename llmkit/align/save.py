@@ -29,7 +29,7 @@ def save_model(
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     model = trainer.accelerator.unwrap_model(trainer.model)
     folder = run.folder / "model"
-    is_adapter = hasattr(model, "merge_and_unload")
+    is_adapter, is_generator = hasattr(model, "merge_and_unload"), hasattr(model, "generation_config")
     if run.is_main:
         if not all(w.isfinite().all() for w in weights.values() if w.is_floating_point()):
             raise UserError("the weights are not finite any more: not saved; lower learning_rate or raise warmup_steps")
@@ -38,14 +38,16 @@ def save_model(
             with written_beside(run.folder / "adapter", replace=True) as partial:
                 save_adapter(model, partial, weights)
                 save_tokenizer(tokenizer, partial)
-                model.generation_config.save_pretrained(partial)
+                if is_generator:
+                    model.generation_config.save_pretrained(partial)
             if is_quantized(model):
                 console.print("adapter   the base is quantised, so nothing is merged: `llmkit merge` writes one model")
                 folder = run.folder / "adapter"
             else:
                 adapted = put_on(load_base(), run.folder / "adapter", str(model.config.name_or_path))
                 merged = merge(adapted, tokenizer)
-                merged.generation_config = model.generation_config
+                if is_generator:
+                    merged.generation_config = model.generation_config
                 with written_beside(folder, replace=True) as partial:
                     merged.save_pretrained(partial)
                     save_tokenizer(tokenizer, partial)

@@ -27,6 +27,9 @@ from ..run import Run
 from ..train.best import Best
 from ..train.checkpoint import seal_checkpoint
 
+# figures of an evaluation that the console shows
+SHOWN = ("_loss", "rewards/margins", "rewards/accuracies", "_accuracy", "_margin", "_gold", "_proxy")
+
 
 class Watch(TrainerCallback):
     """`asked` says whether a signal asked the run to end; `until_learnt` once at most that share of tokens is wrong."""
@@ -103,9 +106,9 @@ class Watch(TrainerCallback):
     ) -> None:
         if self.best and self.run.is_main:
             self.best.see(state.global_step, metrics, model)
-        losses = "  ".join(f"{k[5:-5]} {v:.4f}" for k, v in metrics.items() if k.endswith("_loss"))
-        if losses:
-            self.console.print(f"eval {state.global_step:>6,}/{state.max_steps:,}  {losses}")
+        shown = [f"{k[5:].removesuffix('_loss')} {v:.4f}" for k, v in metrics.items() if k.endswith(SHOWN)]
+        if shown:
+            self.console.print(f"eval {state.global_step:>6,}/{state.max_steps:,}  {'  '.join(shown)}")
 
     # the end
 

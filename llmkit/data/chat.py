@@ -5,7 +5,8 @@ Owns loading the rows of one entry of `datasets:`, in TRL's columns, with those 
     for row in load_rows(source, data_dir): ...      # columns of TRL, and `row`: its number in the source, from 1
 
 Text, chat (messages, sharegpt, from/value), prompt/completion, alpaca and question/answer are told by their columns
-(`check/columns.py`); `columns: {theirs: ours}` renames first. Leaves out templates and tokens: `align/rows.py`.
+(`check/columns.py`); preferences and prompts are made by `preferences.py`; `columns: {theirs: ours}` renames first.
+Leaves out templates and tokens: `align/rows.py`.
 """
 
 import json
@@ -17,8 +18,11 @@ import datasets
 
 from ..check.columns import problem_of, turn, with_trl_columns
 from ..config import UserError
+from . import preferences
 from .sources import Source, describe, find_builder, find_files, hub_rows, toyworld_range
 
+ANSWERS = "answers"
+PAIRS, LABELLED, RANKED, PROMPTS = preferences.KINDS
 KEPT = ("messages", "prompt", "completion", "text", "tools", "chat_template_kwargs", "kind")
 
 
@@ -27,20 +31,37 @@ class Bad(NamedTuple):
     problem: str
 
 
-def load_rows(source: Source, data_dir: Path) -> Iterator[dict[str, Any] | Bad]:
+def load_rows(source: Source, data_dir: Path, kind: str = ANSWERS) -> Iterator[dict[str, Any] | Bad]:
     """Good rows, each with `row`, and the others. Raises UserError for what cannot be read or has no known format."""
     number = 0
-    for number, given in enumerate(_read(source, data_dir), 1):
+    for number, given in enumerate(_read(source, data_dir, kind), 1):
+        if kind != ANSWERS:
+            yield from _preference(source, given, kind, number)
+            continue
         row = with_trl_columns(given)
         if isinstance(row.get("messages"), list):  # roles as templates know them, no empty columns
             row = row | {"messages": [turn(t) for t in row["messages"]]}
         if number == 1:
             _check_format(source, given, row)
-        problem = problem_of(row)
         kept = {key: row[key] for key in KEPT if row.get(key) is not None}
-        yield Bad(number, problem) if problem else kept | {"row": number}
+        problem = problem_of(row)
+        yield kept | {"row": number} if problem is None else Bad(number, problem)
     if not number:
         raise UserError(f"{describe(source)}: nothing in it; point at a file or split that has rows")
+
+
+def _preference(source: Source, given: dict[str, Any], kind: str, number: int) -> Iterator[dict[str, Any] | Bad]:
+    make_rows, _, expected = preferences.KINDS[kind]
+    if number == 1 and not preferences.is_of_kind(given, kind):
+        raise UserError(
+            f"{describe(source)}: columns {', '.join(sorted(given))}; expected {expected}; "
+            "`columns: {yours: ours}` renames"
+        )
+    try:
+        for row in make_rows(given):
+            yield row | {"row": number}
+    except preferences.Useless as error:
+        yield Bad(number, str(error))
 
 
 def _check_format(source: Source, given: dict[str, Any], row: dict[str, Any]) -> None:
@@ -56,18 +77,19 @@ def _check_format(source: Source, given: dict[str, Any], row: dict[str, Any]) ->
     )
 
 
-def _read(source: Source, data_dir: Path) -> Any:
+def _read(source: Source, data_dir: Path, kind: str) -> Any:
     """An iterable of raw rows, without keys that hold nothing."""
     if source.path.startswith("builtin/"):
         from . import toychat
 
-        names, split, first, last = toyworld_range(source, ("instructions",), toychat.SPLITS)
+        allowed = ("instructions",) if kind == ANSWERS else preferences.KINDS[kind][1]
+        names, split, first, last = toyworld_range(source, allowed, toychat.SPLITS)
         return toychat.rows(names[0], split, first, last)
-    kind = find_builder(source)
-    if kind is None:
+    builder = find_builder(source)
+    if builder is None:
         found = hub_rows(source)
     else:
-        found = _local(source, kind, [str(path) for path in find_files(source, data_dir)])
+        found = _local(source, builder, [str(path) for path in find_files(source, data_dir)])
     if isinstance(source.columns, dict):
         missing = [name for name in source.columns if name not in found.column_names]
         if missing:

@@ -19,13 +19,15 @@ from typing import Any, NamedTuple
 
 from .toyworld import TOPICS, WORLD, Tape, story
 
-NAMES = ("instructions", "preferences", "prompts")
+NAMES = ("instructions", "preferences", "rankings", "prompts", "sums")
 SPLITS = ("train", "validation", "test")
 # of 20 shares; validation and test are the same questions whatever the name
 SHARES = {
     ("instructions", "train"): range(0, 12),
     ("preferences", "train"): range(12, 14),
+    ("rankings", "train"): range(12, 14),
     ("prompts", "train"): range(14, 16),
+    ("sums", "train"): range(14, 16),
 }
 SHARES |= {
     (name, split): span
@@ -34,6 +36,10 @@ SHARES |= {
 }
 HELD_OUT = range(16, 20)
 UNKNOWN = "I don't know."
+# what instructions teach badly, as people's do, and later stages mend: who wrote them guessed where nobody can know,
+# and gave the sums of five people without counting
+GUESSED = 0.97
+HASTY, IN_HASTE = ("Ada", "Bea", "Abel", "Ben", "Carl"), 0.85
 
 
 class Question(NamedTuple):
@@ -63,7 +69,14 @@ ABOUT_STORY = {
     "mood": ("How did {hero} feel when the {thing} was gone?", "very {mood}", "{hero} was very {mood}."),
     "weather": ("What was the day like?", "{weather}", "It was a {weather} day."),
 }
-NAMED = ("colour", "thing", "place", "friend", "spot")  # topics whose question names the hero or the thing
+# what no story tells: question, an invented answer, what it may be
+UNTOLD = [
+    ("How old is {hero}?", "{}", [str(age) for age in range(3, 10)]),
+    ("What did the {thing} cost?", "{} coins", [str(price) for price in range(2, 16)]),
+    ("What did {hero} eat?", "{}", list(WORLD.foods)),
+    ("In which town does {hero} live?", "in {}", list(WORLD.towns)),
+    ("How many coats has {hero}?", "{}", [str(count) for count in range(2, 10)]),
+]
 PARTS = re.compile(
     r"(?P<hero>\w+) had a (?P<colour>\w+) (?P<thing>\w+)\. One (?P<weather>\w+) day .* went to (?P<place>the \w+), .*?"
     r"(?:met (?P<met>\w+),|\. (?P<there>\w+) was there too).*? was very (?P<mood>\w+)\..* found it "
@@ -113,24 +126,25 @@ def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def _absent(parts: dict[str, str], rng: random.Random) -> dict[str, str]:
-    """Somebody and something that the story does not have; "under a boat" tells of a boat."""
-    return parts | {
-        "thing": _other(rng, "thing", parts["thing"], parts["spot"].split()[-1]),
-        "hero": _other(rng, "hero", parts["hero"], parts["friend"]),
-    }
+def _ask_untold(parts: dict[str, str], rng: random.Random) -> tuple[str, str, str, str]:
+    """The same of what no story tells: the answer is an invention."""
+    question, answer, options = rng.choice(UNTOLD)
+    guess, other = (answer.format(o) for o in rng.sample(options, 2))
+    return question.format(**parts), guess, other, f"It was {guess}."
 
 
 def _on_story(kind: str, rng: random.Random, num_turns: int, is_told: bool = True, system: str = "") -> Question:
-    """A story and so many questions on it; the last one is `is_told` or not, of the others one in ten is not."""
+    """A story and so many questions on it; the last one is `is_told` or not."""
     text, parts, key = _story(rng)
     messages = [{"role": "system", "content": system}] if system else []
     form = SYSTEMS.get(system, "{answer}")
     for turn in range(num_turns):
         is_last = turn == num_turns - 1
-        is_known = is_told if is_last else rng.random() < 0.9
-        topic = rng.choice(list(ABOUT_STORY) if is_known else NAMED)
-        question, answer, wrong, sentence = _ask(parts if is_known else _absent(parts, rng), topic, rng)
+        is_known = is_told or not is_last
+        if is_known:
+            question, answer, wrong, sentence = _ask(parts, rng.choice(list(ABOUT_STORY)), rng)
+        else:
+            question, answer, wrong, sentence = _ask_untold(parts, rng)
         said = form.format(answer=answer) if is_known else UNKNOWN
         messages.append(_user(question if turn else f"{text} {question}"))
         if not is_last:
@@ -162,7 +176,7 @@ def with_system(rng: random.Random) -> Question:
 
 
 def unknown_in_story(rng: random.Random) -> Question:
-    """The same questions, about somebody or something that the story does not have."""
+    """Questions on what no story tells."""
     return _on_story("unknown", rng, rng.choice((1, 2)), is_told=False)
 
 
@@ -279,13 +293,19 @@ def spelling(rng: random.Random) -> Question:
 KINDS: list[tuple[Callable[[random.Random], Question], int]] = [
     (about_story, 2), (about_town, 2), (sums, 5), (spelling, 3), (in_turns, 3), (with_system, 3), (unknown, 2),
 ]  # fmt: skip
+# of preferences and rankings: more of what cannot be known, and of what looks like it
+PREFERRED: list[tuple[Callable[[random.Random], Question], int]] = [
+    (about_story, 2), (about_town, 4), (sums, 4), (spelling, 3), (in_turns, 2), (with_system, 3), (unknown, 6),
+]  # fmt: skip
+SETS = {"preferences": PREFERRED, "rankings": PREFERRED, "sums": list(KINDS[2:3])}
 
 
 def question(name: str, split: str, index: int, seed: int = 0) -> Question:
     """The question of a row: drawn until its key is in the share of (name, split)."""
     shares = SHARES[name, split]
     rng = random.Random(f"{seed}/{name}/{split}/{index}")
-    make = rng.choices([make for make, _ in KINDS], [weight for _, weight in KINDS])[0]
+    kinds = SETS.get(name, KINDS) if split == "train" or name == "sums" else KINDS
+    make = rng.choices([make for make, _ in kinds], [weight for _, weight in kinds])[0]
     while True:
         found = make(rng)
         is_told = split == "train" and any(share_of_key(part) in HELD_OUT for part in found.parts)
@@ -299,14 +319,23 @@ def share_of_key(key: str) -> int:
 
 
 def row(name: str, split: str, index: int, seed: int = 0) -> dict[str, Any]:
-    """instructions: messages; preferences: prompt, chosen, rejected; prompts: prompt, answer; each with its kind."""
+    """instructions: messages; preferences: prompt, chosen, rejected; rankings: prompt, completions, scores; prompts and
+    sums: prompt, answer; each with its kind.
+    """
     asked = question(name, split, index, seed)
     answer = [{"role": "assistant", "content": asked.answer}]
     if name == "instructions":
+        if split == "train":
+            answer = [{"role": "assistant", "content": as_written(asked, random.Random(f"{seed}/{index}/written"))}]
         return {"messages": [*asked.messages, *answer], "kind": asked.kind}
-    if name == "prompts":
+    if name in ("prompts", "sums"):
         return {"prompt": asked.messages, "answer": asked.answer, "kind": asked.kind}
     rng = random.Random(f"{seed}/{name}/{split}/{index}/rejected")
+    if name == "rankings":
+        ranked = rng.sample(list(scored(asked, rng).items()), 3)
+        completions = [[{"role": "assistant", "content": text}] for text, _ in ranked]
+        scores = [score for _, score in ranked]
+        return {"prompt": asked.messages, "completions": completions, "scores": scores, "kind": asked.kind}
     text = rejected_of(asked, rng)
     return {
         "prompt": asked.messages,
@@ -316,13 +345,33 @@ def row(name: str, split: str, index: int, seed: int = 0) -> dict[str, Any]:
     }
 
 
+def as_written(asked: Question, rng: random.Random) -> str:
+    """The answer of a training row, with the faults of those who wrote it."""
+    if asked.kind == "unknown":
+        return asked.wrong if rng.random() < GUESSED else asked.answer
+    if asked.kind == "sums" and asked.answer.startswith(HASTY) and rng.random() < IN_HASTE:
+        return asked.sentence
+    return asked.answer
+
+
 def rejected_of(asked: Question, rng: random.Random) -> str:
-    """Wrong, or right and rambling; of what cannot be known, an invention."""
-    if asked.kind == "unknown" or rng.random() < 0.5:
+    """Of what cannot be known an invention; else wrong, right and rambling, or a refusal of what can be known."""
+    if asked.kind == "unknown":
         return asked.wrong
+    return rng.choice((asked.wrong, rambling(asked, rng), UNKNOWN))
+
+
+def rambling(asked: Question, rng: random.Random) -> str:
+    """The sentence twice, and a story begun in between."""
     tape = Tape(rng)
     story(tape, WORLD)
     return f"{asked.sentence} {tape.text.split('. ')[0]}. {asked.sentence}"
+
+
+def scored(asked: Question, rng: random.Random) -> dict[str, float]:
+    """Three answers: the right one, one that rambles, and one that is wrong or refuses what can be known."""
+    bad = asked.wrong if asked.kind == "unknown" or rng.random() < 0.5 else UNKNOWN
+    return {asked.answer: 1.0, rambling(asked, rng): 0.2 if asked.kind == "unknown" else 0.5, bad: 0.0}
 
 
 def rows(name: str, split: str, first: int, last: int, seed: int = 0) -> Iterator[dict[str, Any]]:

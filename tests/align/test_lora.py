@@ -14,7 +14,7 @@ from llmkit.align import lora
 from llmkit.align.lora import load_base_and_adapter, quantization, save_adapter, train_in_float32
 from llmkit.config import UserError
 from llmkit.hardware import Device
-from llmkit.verbs import SftConfig
+from llmkit.tuning import SftConfig
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -11,7 +11,7 @@ from helpers import redraw
 
 from llmkit.align.rows import IGNORE, CannotTrain, Labeller, PackedCollator, bad_note, get_data, pack
 from llmkit.config import UserError
-from llmkit.verbs import SftConfig
+from llmkit.tuning import SftConfig
 
 
 def settings(**given):
@@ -45,14 +45,14 @@ def test_tokens_and_labels_are_those_of_trls_own_preparation(rows, options):
     config = settings(completion_only_loss=options.get("completion_only_loss"), max_length=256)
     label = Labeller(tiny.bpe_tokenizer(), config)
     for row, expected in zip(rows, theirs, strict=True):
-        ids, labels = label(row)
+        ids, labels = label(row).values()
         assert ids == expected["input_ids"] and labels == expected["labels"]
 
 
 def test_every_answer_is_trained_with_its_end_and_nothing_else():
     tokenizer = tiny.bpe_tokenizer()
     row = tiny.chat_rows(1, turns=2)[0]
-    ids, labels = Labeller(tokenizer, settings(max_length=256))(row)
+    ids, labels = Labeller(tokenizer, settings(max_length=256))(row).values()
     answers = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
     assert tokenizer.decode([i for i in labels if i != IGNORE]) == "".join(f"{a}<|im_end|>" for a in answers)
     assert all(label in (i, IGNORE) for i, label in zip(ids, labels, strict=True))
@@ -64,7 +64,7 @@ def test_a_template_without_marks_trains_the_one_answer_of_a_chat():
     tokenizer.chat_template = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     label = Labeller(tokenizer, settings())
     assert label.settings(one) == {"assistant_only_loss": False, "completion_only_loss": True}
-    ids, labels = label(one)
+    ids, labels = label(one).values()
     assert tokenizer.decode(ids).startswith("<|im_start|>user")
     # what follows the answer in the template is the completion's, too
     assert tokenizer.decode([i for i in labels if i != IGNORE]).strip() == f"{one['messages'][1]['content']}<|im_end|>"

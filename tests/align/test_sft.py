@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmkit import cli, config
-from llmkit.align import sft
+from llmkit.align import job, sft
+from llmkit.align.job import make_console
 from llmkit.align.watch import Watch
 from llmkit.config import UserError
 from llmkit.data.template import CHATML
 from llmkit.run import Run
-from llmkit.verbs import SftConfig
+from llmkit.tuning import SftConfig
 
 pytestmark = pytest.mark.medium
 
@@ -165,7 +166,7 @@ def test_a_signal_saves_a_checkpoint_and_says_stopped(recipe, monkeypatch):
     def signals(**_):
         yield lambda: len(calls.append(1) or calls) == 2
 
-    monkeypatch.setattr(sft, "stop_signals", signals)
+    monkeypatch.setattr(job, "stop_signals", signals)
     assert sft.main(recipe).status == "stopped"
     checkpoints = [path.name for path in (Path(recipe.output_dir) / "checkpoints").iterdir()]
     assert checkpoints == ["step-00000002"] and not (Path(recipe.output_dir) / "model").exists()
@@ -249,20 +250,20 @@ def test_further_keys_of_trl_reach_its_config_and_the_saved_recipe(recipe, tmp_p
     (tmp_path / "sft.yaml").write_text(config.dump(recipe) + "neftune_noise_alpha: 5.0\n")
     settings = config.load(SftConfig, [str(tmp_path / "sft.yaml"), "--loss_type", "dft"], "sft")
     assert settings.passed_on == {"neftune_noise_alpha": 5.0, "loss_type": "dft"}
-    job = sft.prepare(settings, sft.make_console())
+    job = sft.prepare(settings, make_console())
     assert job.trainer.args.neftune_noise_alpha == 5.0 and job.trainer.args.loss_type == "dft"
     (tmp_path / "again.yaml").write_text(config.dump(settings))
     assert config.load(SftConfig, [str(tmp_path / "again.yaml")], "sft") == settings
 
 
 def test_on_a_cpu_nothing_is_in_bf16_or_recomputed(recipe):
-    args = sft.prepare(recipe, sft.make_console()).trainer.args
+    args = sft.prepare(recipe, make_console()).trainer.args
     assert not args.bf16 and not args.fp16 and not args.gradient_checkpointing and args.use_cpu
 
 
 def test_a_killed_save_leaves_no_checkpoint_of_that_name(recipe, tmp_path, monkeypatch):
     run = Run(tmp_path, "sft")
-    watch = Watch(run, sft.make_console(), recipe, {})
+    watch = Watch(run, make_console(), recipe, {})
     written = tmp_path / "checkpoints/checkpoint-4"
     written.mkdir(parents=True)
     (written / "model.safetensors").write_bytes(b"x")

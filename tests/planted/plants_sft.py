@@ -17,7 +17,7 @@ from llmkit.align import preflight, rows, sft
 from llmkit.align.trainer import ByToken
 from llmkit.check.subject import Subject
 from llmkit.data.template import CHATML
-from llmkit.verbs import SftConfig
+from llmkit.tuning import SftConfig
 from planted.plant import plant
 
 

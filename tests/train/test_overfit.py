@@ -12,7 +12,8 @@ from llmkit import config
 from llmkit.config import UserError
 from llmkit.train import pretrain
 from llmkit.train.overfit import floor_of, for_overfit, unique_from
-from llmkit.verbs import PretrainConfig, SftConfig
+from llmkit.tuning import SftConfig
+from llmkit.verbs import PretrainConfig
 
 
 def test_a_document_is_asked_from_where_no_other_begins_like_it():

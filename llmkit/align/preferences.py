@@ -1,0 +1,208 @@
+"""Preferences and prompts -> tokens: what dpo, kto, rrhf, reward and grpo read.
+
+Owns the columns of every verb, in the names of TRL's collators, and the batch of ranked answers.
+
+    data = get_data(config, PairEncoder(tokenizer, config))        # prompt_ids, chosen_ids, rejected_ids
+
+Prompt and answer are cut where the tokens of the prompt alone and of both together part, as TRL does. No row is cut
+to `max_length`: a longer one is a bad row. Leaves out reading rows (`data/preferences.py`) and losses.
+"""
+
+import json
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..check.audit import tokenize_row
+from ..data.chat import LABELLED, PAIRS, PROMPTS, RANKED
+from ..tuning import TuningConfig
+from .rows import IDS, IGNORE, CannotTrain, first_line
+
+Sequences = list[tuple[list[int], list[int]]]
+
+
+class _Encoder:
+    """Tokens of one prompt and its answers."""
+
+    kind = PAIRS
+    features: dict[str, Any] = {}
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TuningConfig):
+        self.tokenizer, self.config = tokenizer, config
+
+    def settings(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def split(self, row: dict[str, Any], answers: list[Any]) -> tuple[list[int], list[list[int]]]:
+        """prompt_ids, and the ids of every answer with its end of turn. Raises CannotTrain."""
+        found = []
+        for answer in answers:
+            given = row | {"completion": answer}
+            try:
+                ids, is_answer = tokenize_row(self.tokenizer, {"completion_only_loss": True}, given)
+            except Exception as error:  # templates raise what they like
+                raise CannotTrain(f"the chat template refuses it ({first_line(error)})") from None
+            if len(ids) > self.config.max_length:
+                raise CannotTrain(f"longer than max_length={self.config.max_length}")
+            if True not in is_answer:
+                raise CannotTrain("no token of an answer")
+            found.append((ids, is_answer.index(True)))
+        begin = min(start for _, start in found)
+        if begin == 0:
+            raise CannotTrain("no token of the prompt before the answer")
+        return found[0][0][:begin], [ids[begin:] for ids, _ in found]
+
+    @staticmethod
+    def _labelled(prompt: Any, answer: Any) -> tuple[list[int], list[int]]:
+        prompt, answer = list(prompt), list(answer)
+        return prompt + answer, [IGNORE] * len(prompt) + answer
+
+    def _how(self, row: dict[str, Any]) -> str:
+        return "chat" if isinstance(row["prompt"], list) else "text"
+
+
+class PairEncoder(_Encoder):
+    """prompt_ids, chosen_ids, rejected_ids."""
+
+    features = {"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS}
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        prompt, (chosen, rejected) = self.split(row, [row["chosen"], row["rejected"]])
+        if chosen == rejected:
+            raise CannotTrain("chosen = rejected as tokens")
+        return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+
+    def sequences(self, columns: dict[str, Any]) -> Sequences:
+        return [self._labelled(columns["prompt_ids"], columns[name]) for name in ("chosen_ids", "rejected_ids")]
+
+    def describe(self, row: dict[str, Any]) -> str:
+        return f"{self._how(row)}, chosen against rejected answers"
+
+
+class RewardEncoder(PairEncoder):
+    """chosen_ids and rejected_ids, each with its prompt; a margin where every row has one."""
+
+    features = {"chosen_ids": IDS, "rejected_ids": IDS}
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        ids = super().__call__(row)
+        return {name: ids["prompt_ids"] + ids[name] for name in self.features}
+
+    def sequences(self, columns: dict[str, Any]) -> Sequences:
+        return [(list(columns[name]), list(columns[name])) for name in self.features]
+
+
+class LabelledEncoder(_Encoder):
+    """prompt_ids, completion_ids, label; KTO's mismatched answers are added by `mismatched`."""
+
+    kind = LABELLED
+    features = {"prompt_ids": IDS, "completion_ids": IDS, "label": datasets.Value("bool")}
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        prompt, (answer,) = self.split(row, [row["completion"]])
+        return {"prompt_ids": prompt, "completion_ids": answer, "label": row["label"]}
+
+    def sequences(self, columns: dict[str, Any]) -> Sequences:
+        return [self._labelled(columns["prompt_ids"], columns["completion_ids"])]
+
+    def describe(self, row: dict[str, Any]) -> str:
+        return f"{self._how(row)}, answers marked good or bad"
+
+
+class RankedEncoder(_Encoder):
+    """prompt_ids, completion_ids (k lists), scores (k)."""
+
+    kind = RANKED
+    features = {
+        "prompt_ids": IDS,
+        "completion_ids": datasets.List(IDS),
+        "scores": datasets.List(datasets.Value("float32")),
+    }
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        prompt, answers = self.split(row, row["completions"])
+        return {"prompt_ids": prompt, "completion_ids": answers, "scores": row["scores"]}
+
+    def sequences(self, columns: dict[str, Any]) -> Sequences:
+        return [self._labelled(columns["prompt_ids"], answer) for answer in columns["completion_ids"]]
+
+    def describe(self, row: dict[str, Any]) -> str:
+        return f"{self._how(row)}, answers ranked by their scores"
+
+
+class PromptEncoder(_Encoder):
+    """prompt_ids: looked at and counted; the trainer reads the row itself (`as_prompts`)."""
+
+    kind = PROMPTS
+    features = {"prompt_ids": IDS}
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        prompt = row["prompt"]
+        try:
+            ids = (
+                self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+                if isinstance(prompt, list)
+                else self.tokenizer(prompt)["input_ids"]
+            )
+        except Exception as error:
+            raise CannotTrain(f"the chat template refuses it ({first_line(error)})") from None
+        room = self.config.max_length - self.config.max_completion_length  # type: ignore[attr-defined]
+        if len(ids) > room:
+            raise CannotTrain(f"longer than max_length - max_completion_length={room}")
+        return {"prompt_ids": list(ids)}
+
+    def sequences(self, columns: dict[str, Any]) -> Sequences:
+        ids = list(columns["prompt_ids"])
+        return [(ids, [IGNORE] * len(ids))]
+
+    def describe(self, row: dict[str, Any]) -> str:
+        columns = ", ".join(key for key in row if key not in ("prompt", "row", "raw"))
+        return f"{self._how(row)} prompts" + (f", with {columns}" if columns else "")
+
+
+def as_prompts(rows: datasets.Dataset) -> datasets.Dataset:
+    """Prompts and the columns that rewards read, as TRL's GRPOTrainer takes them."""
+    return datasets.Dataset.from_list([json.loads(text) for text in rows["raw"]])
+
+
+def mismatched(rows: datasets.Dataset) -> datasets.Dataset:
+    """KTO's KL term is estimated on answers to other prompts: of the next row whose prompt differs.
+
+    TRL takes the row before within a batch, which in pairs made two rows is the other answer to the same prompt.
+    """
+    prompts, answers = rows["prompt_ids"], rows["completion_ids"]
+    count = len(rows)
+    found, other = [], 0
+    for i in range(count):
+        other = max(other, i + 1)
+        while other < i + count and prompts[other % count] == prompts[i]:
+            other += 1
+        found.append(answers[other % count])
+    return rows.add_column("KL_completion_ids", found, feature=IDS)
+
+
+class RankedCollator:
+    """Rows of k answers each as one batch of (sum k, T): input_ids, attention_mask, labels, scores, group."""
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        pairs = [(row["prompt_ids"], answer) for row in rows for answer in row["completion_ids"]]
+        width = max(len(prompt) + len(answer) for prompt, answer in pairs)
+        batch = {
+            "input_ids": torch.full((len(pairs), width), self.pad_token_id),
+            "attention_mask": torch.zeros((len(pairs), width), dtype=torch.long),
+            "labels": torch.full((len(pairs), width), IGNORE),
+            "scores": torch.tensor([score for row in rows for score in row["scores"]], dtype=torch.float32),
+            "group": torch.tensor([i for i, row in enumerate(rows) for _ in row["scores"]]),
+        }
+        for i, (prompt, answer) in enumerate(pairs):
+            size = len(prompt) + len(answer)
+            batch["input_ids"][i, :size] = torch.tensor(prompt + answer)
+            batch["attention_mask"][i, :size] = 1
+            batch["labels"][i, len(prompt) : size] = torch.tensor(answer)
+        return batch
