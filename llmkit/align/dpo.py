@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..config import UserError
 from ..run import Result, Run
 from ..tuning import DpoConfig
 from .build import get_reference
@@ -18,6 +19,11 @@ from .preferences import PairEncoder
 from .samples import PreferenceWatch, lengths
 from .trainer import ByRow, without_spare_adapter
 
+# of TRL 1.16, whose config takes any word, and whose trainer refuses it at the first step
+LOSSES = (
+    "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft "
+    "sigmoid_norm"
+).split()
 FIGURES = ["loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "logps/chosen"]
 
 
@@ -28,9 +34,13 @@ def main(config: DpoConfig) -> Result:
 
 def prepare(config: DpoConfig, console: Console, started: float = 0.0) -> Job:
     """Rows, tokenizer, model, reference and trainer of a recipe. Raises UserError."""
+    loss_type = config.loss_type if isinstance(config.loss_type, list) else [config.loss_type]
+    if unknown := [name for name in loss_type if name not in LOSSES]:
+        raise UserError(f"loss_type={unknown[0]!r}; allowed: {', '.join(LOSSES)}, or a list of several")
+    if config.loss_weights is not None and len(config.loss_weights) != len(loss_type):
+        raise UserError(f"loss_weights={config.loss_weights}: write {len(loss_type)} numbers, one for each loss_type")
     from trl import DPOConfig, DPOTrainer
 
-    loss_type = config.loss_type if isinstance(config.loss_type, list) else [config.loss_type]
     parts = get_parts(config, DPOConfig, PairEncoder, sequences_per_row=2, loss_type=loss_type)
     trainer: Any = type("Trainer", (ByRow, DPOTrainer), {})(
         model=parts.model,
