@@ -137,16 +137,18 @@ class Monitor(TrainerCallback):
 
     def _look(self, step: int, figures: dict[str, Any]) -> None:
         found = self.alarms.look(figures)
+        example = {}
+        if self.worst:
+            shown = json.dumps(self.worst[0]["completion"][:200], ensure_ascii=False)
+            example["example"] = f"{shown} (reward {self.worst[0]['reward']:.2f}, gold {self.worst[0]['gold']:.2f})"
         for kind, reason in found:
             self.is_alarmed = True
-            self.run.append("alerts.jsonl", {"step": step, "kind": kind, "message": reason})
+            self.run.append("alerts.jsonl", {"step": step, "kind": kind, "message": reason, **example})
             self.job.console.print(f"alert     step {step}: {reason}", markup=False)
         for row in self.worst if found else []:
             self.run.append("hacked.jsonl", {"step": step, "alarm": found[0][0], **row})
         if found and self.worst:
-            shown = json.dumps(self.worst[0]["completion"][:200], ensure_ascii=False)
-            figures_of = f"reward {self.worst[0]['reward']:.2f}, gold {self.worst[0]['gold']:.2f}"
-            self.job.console.print(f"          e.g. {shown} ({figures_of}); more in hacked.jsonl", markup=False)
+            self.job.console.print(f"          e.g. {example['example']}; more in hacked.jsonl", markup=False)
         if found and self.start:
             self._save()
 
@@ -196,7 +198,7 @@ class Monitor(TrainerCallback):
                 answers += generate(model, self.job.tokenizer, batch, config.max_completion_length)
         values = score(self.rewards, self.questions, [text for text, _ in answers])
         total = np.nan_to_num(np.stack(list(values.values()))).T @ np.array([r.weight for r in self.rewards])
-        figures: dict[str, Any] = {f"eval_rewards/{name}": float(np.nanmean(v)) for name, v in values.items()}
+        figures: dict[str, Any] = {f"eval_rewards/{name}/mean": float(np.nanmean(v)) for name, v in values.items()}
         measured = {"proxy": total}
         if self.gold is not None:
             gold = score([self.gold], self.questions, [text for text, _ in answers])

@@ -28,6 +28,8 @@ GROUPS: list[tuple[str, str, tuple[str, ...]]] = [
     ("Chosen above rejected", "share", ("rewards/accuracies", "accuracy")),
     ("Log-probability of the answers", "nats", ("logps/chosen", "logps/rejected")),
     ("Reward", "reward", ("reward", "rewards/*/mean")),
+    ("Reward, and what gold says of the same answers", "score", ("hack/proxy", "hack/gold", "proxy", "gold")),
+    ("Which way the reward pushes gold", "z; below 0: down", ("hack/selection",)),
     ("Spread of the reward", "reward", ("reward_std", "rewards/*/std")),
     ("Prompts whose answers all got the same reward", "share", ("frac_reward_zero_std",)),
     ("KL from the reference", "nats", ("kl", "objective/kl")),
@@ -36,6 +38,13 @@ GROUPS: list[tuple[str, str, tuple[str, ...]]] = [
      ("completions/mean_length", "completions/min_length", "completions/max_length")),
     ("Answers cut, updates clipped", "share", ("completions/clipped_ratio", "clip_ratio/region_mean", "clip_ratio")),
     ("Next token right", "share", ("mean_token_accuracy",)),
+    ("Canaries: loss on raw text", "nats per token", ("canary/*",)),
+    ("Sameness of the answers", "share",
+     ("hack/duplicates", "hack/distinct_answers", "hack/distinct_3", "hack/repeats")),
+    ("Hedging, echoes, empty thinking, answers cut", "share",
+     ("hack/hedging", "hack/echo", "hack/empty_think", "hack/clipped")),
+    ("Reward and length", "correlation", ("hack/length_correlation", "hack/length_correlation/*")),
+    ("At the best that a reward ever gave", "share", ("hack/saturation/*",)),
 ]  # fmt: skip
 
 
@@ -162,6 +171,7 @@ def _lines_of(keys: tuple[str, ...], stage: dict[str, Any]) -> list[Line]:
         if wanted in keys:
             end = key[key.index("rewards/") :] if wanted.startswith("rewards/") else wanted
             end = end.removeprefix("rewards/").removesuffix("/mean").removesuffix("/std").split("/")[-1]
+            end = key[wanted.index("*") :] if end == "*" else end
             drawn.append((keys.index(wanted), end, shard, points))
     drawn.sort(key=lambda line: line[0])
     is_one = len({what for _, what, _, _ in drawn}) == 1

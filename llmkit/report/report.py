@@ -125,6 +125,7 @@ def page(figures: dict[str, Any]) -> str:
         stages.lineage(runs),
         stages.curves(runs),
         stages.alarms(runs),
+        stages.samples(runs),
         bench.prompts(evals),
         stages.checks(runs),
         stages.fingerprints(runs, evals),

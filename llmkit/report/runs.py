@@ -20,6 +20,7 @@ Facts = dict[str, Any]
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 BOOKS = {"steps", "num_parameters", "train_wall_s", "train_cpu_s", "num_skipped_steps", "num_alerts", "num_bad_rows"}
 SHOWN_ALERTS = 5  # of a kind
+SHOWN_SAMPLES = 4
 
 
 def number(value: Any) -> float | int | None:
@@ -138,6 +139,7 @@ def read_stage(folder: Path) -> Facts:
         "shards": {shard: _shard(facts) for shard, facts in mapping(result.get("shards")).items()},
         "metrics": {key: value for key, value in metrics.items() if key not in BOOKS},
         "alerts": read_alerts(folder / "alerts.jsonl"),
+        "samples": read_samples(folder / "samples.jsonl"),
         "check": _read_check(folder / "check.json"),
         "curves": curves,
         "contamination": _contamination(folder / "recipe.yaml"),
@@ -216,8 +218,31 @@ def read_alerts(path: Path) -> Facts:
         seen["count"] += 1
         if len(seen["said"]) < SHOWN_ALERTS:
             step = number(alert.get("step"))
-            seen["said"].append({"step": step, "message": string(alert.get("message")) or ""})
+            said = {key: string(alert.get(key)) or "" for key in ("message", "example")}
+            seen["said"].append({"step": step, **said})
     return {"count": sum(kind["count"] for kind in kinds.values()), "kinds": list(kinds.values()), "bad_lines": bad}
+
+
+def read_samples(path: Path) -> list[Facts]:
+    """Of every question that a run on preferences kept asking: the first and the last answer, and the good one."""
+    found: dict[str, Facts] = {}
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        try:
+            row = mapping(json.loads(line))
+        except (ValueError, RecursionError):
+            continue
+        question, given = string(row.get("question")), row.get("given")
+        if question is None or not isinstance(given, str):
+            continue
+        told = found.setdefault(
+            question, {"question": question, "first": given, "good": string(row.get("chosen")) or ""}
+        )
+        told |= {"last": given, "last_step": number(row.get("step"))}
+    return list(found.values())[:SHOWN_SAMPLES]
 
 
 def _read_check(path: Path) -> Facts | None:

@@ -166,7 +166,9 @@ def alarms(stages: list[Facts]) -> str:
         for kind in s["alerts"]["kinds"]:
             times = f", {kind['count']:,} times" if kind["count"] > 1 else ""
             said = [(f"step {a['step']:,.0f}: " if a["step"] is not None else "") + a["message"] for a in kind["said"]]
-            said += [f"and {kind['count'] - len(said):,} more"] if kind["count"] > len(said) else []
+            said += [f"e.g. {a['example']}" for a in kind["said"][:1] if a["example"]]
+            more = kind["count"] - len(kind["said"])
+            said += [f"and {more:,} more"] if more else []
             lines = "".join(f"<span>{text(line)}</span>" for line in said)
             items += f"<li><b>✗ {name(s['name'])}: {name(kind['kind'])}{times}</b>{lines}</li>"
         if s["alerts"]["bad_lines"]:
@@ -174,6 +176,16 @@ def alarms(stages: list[Facts]) -> str:
             items += f"<li><b>! {name(s['name'])}: {count:,} lines of alerts.jsonl are no JSON</b></li>"
     shown = f'<ul class="look">{items}</ul>' if items else '<p class="fine">No run raised one.</p>'
     return f'<h2 id="alarms">Alarms</h2>{shown}' if stages else ""
+
+
+def samples(stages: list[Facts]) -> str:
+    """Answers to the same questions before the first step and after the last, of runs that keep them."""
+    out = ""
+    for s in stages:
+        if s["samples"]:
+            rows: list[list[object]] = [[q["question"], q["first"], q["last"], q["good"]] for q in s["samples"]]
+            out += f"<h3>{name(s['name'])}</h3>" + table(["question", "at first", "at the end", "chosen"], rows)
+    return f'<h2 id="samples">Answers while it trained</h2>{out}' if out else ""
 
 
 def checks(stages: list[Facts]) -> str:

@@ -100,7 +100,7 @@ def test_held_out_prompts_kl_and_canaries_are_measured_at_every_evaluation(done)
     looked = [row for row in lines(settings.output_dir) if "eval_gold" in row]
     assert [row["step"] for row in looked] == [0, 2, 4, 6]
     assert looked[0]["eval_kl"] == pytest.approx(0, abs=1e-6) and looked[-1]["eval_kl"] > 1e-7
-    assert looked[0]["canary/pets"] > 1 and {"eval_rewards/the", "eval_proxy"} <= set(looked[0])
+    assert looked[0]["canary/pets"] > 1 and {"eval_rewards/the/mean", "eval_proxy"} <= set(looked[0])
     assert (
         result.metrics["gold"] == looked[-1]["eval_gold"]
         and result.metrics["proxy_at_start"] == looked[0]["eval_proxy"]
@@ -157,7 +157,8 @@ def test_a_reward_against_gold_raises_the_alarm_and_ends_the_run_where_asked(rec
         eval_steps=None,
     )  # fmt: skip
     (rows / "short.py").write_text(
-        "def short(*, completions, **_):\n    return [1.0 / (1 + len(said[-1]['content'].split())) for said in completions]\n"
+        "def short(*, completions, **_):\n"
+        "    return [1.0 / (1 + len(said[-1]['content'].split())) for said in completions]\n"
     )
     result = grpo.main(settings)
     alerts, hacked = lines(settings.output_dir, "alerts.jsonl"), lines(settings.output_dir, "hacked.jsonl")
@@ -170,18 +171,11 @@ def test_a_reward_against_gold_raises_the_alarm_and_ends_the_run_where_asked(rec
 def test_a_reward_model_is_a_reward(recipe, base, tmp_path):
     pairs = [{"prompt": f"say {i}", "chosen": "yes yes", "rejected": "no"} for i in range(16)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    reward_model.main(
-        RewardConfig(
-            output_dir=str(tmp_path / "judge"),
-            model_name_or_path=str(base),
-            data_dir=str(tmp_path),
-            max_steps=2,
-            datasets=[{"path": "json", "data_files": "pairs.jsonl"}],
-            max_length=64,
-            use_cpu=True,
-            logging_steps=1,
-        )  # fmt: skip
-    )
+    judge = RewardConfig(
+        output_dir=str(tmp_path / "judge"), model_name_or_path=str(base), data_dir=str(tmp_path), max_steps=2,
+        datasets=[{"path": "json", "data_files": "pairs.jsonl"}], max_length=64, use_cpu=True, logging_steps=1,
+    )  # fmt: skip
+    reward_model.main(judge)
     rewards = load_rewards(["exact_answer", str(tmp_path / "judge")], [1.0, 0.25], recipe)
     assert [(reward.name, reward.weight) for reward in rewards] == [("exact_answer", 1.0), ("judge", 0.25)]
     prompt = [[{"role": "user", "content": "x"}]] * 3
@@ -189,10 +183,9 @@ def test_a_reward_model_is_a_reward(recipe, base, tmp_path):
     values = rewards[1](prompts=prompt, completions=said)
     alone = [rewards[1](prompts=prompt[:1], completions=[text])[0] for text in said]
     assert np.allclose(values, alone, atol=1e-5) and values[0] == pytest.approx(values[2], abs=1e-6)
-    result = grpo.main(
-        changed(recipe, reward_funcs=["exact_answer", str(tmp_path / "judge")], reward_weights=[8, 1], max_steps=1)
-    )
-    assert result.status == "ok" and "rewards/judge/mean" in [r for r in lines(recipe.output_dir) if "reward" in r][0]
+    both = ["exact_answer", str(tmp_path / "judge")]
+    assert grpo.main(changed(recipe, reward_funcs=both, reward_weights=[8, 1], max_steps=1)).status == "ok"
+    assert "rewards/judge/mean" in next(row for row in lines(recipe.output_dir) if "reward" in row)
 
 
 def test_checks_and_inspect_take_the_trainer(recipe, tmp_path):
