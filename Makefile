@@ -7,7 +7,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_DISABLE_TELEMETRY := 1
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: help setup setup-all tokenizer-toy check-toy inspect-toy check-report data-toy data-medium pretrain-toy sft-toy overfit-toy report-toy generate-toy export-toy pretrain-shakespeare-char adapt-lora clean-toy lint format test test-fast test-all
+.PHONY: help setup setup-all tokenizer-toy check-toy inspect-toy check-report data-toy data-medium pretrain-toy sft-toy dpo-toy kto-toy rrhf-toy reward-toy grpo-toy hack-toy overfit-toy report-toy generate-toy export-toy pretrain-shakespeare-char adapt-lora clean-toy lint format test test-fast test-all
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -75,6 +75,24 @@ sft-toy: $(VENV)/all runs/toy/pretrain/model  ## tune the toy model on instructi
 overfit-toy: $(VENV)/all runs/toy/pretrain/model  ## before that: 1,000 answers must be learnt by heart
 	$(BIN)/llmkit sft recipes/toy/sft.yaml --overfit 1000
 
+dpo-toy: $(VENV)/all runs/toy/sft/model  ## tune the toy model on preference pairs: it learns to say that it does not know
+	$(BIN)/llmkit dpo recipes/toy/dpo.yaml
+
+kto-toy: $(VENV)/all runs/toy/sft/model  ## the same pairs torn apart: answers marked good or bad
+	$(BIN)/llmkit kto recipes/toy/kto.yaml
+
+rrhf-toy: $(VENV)/all runs/toy/sft/model  ## the same on ranked answers
+	$(BIN)/llmkit rrhf recipes/toy/rrhf.yaml
+
+reward-toy: $(VENV)/all runs/toy/sft/model  ## a reward model: which of two answers is better
+	$(BIN)/llmkit reward recipes/toy/reward.yaml
+
+grpo-toy: $(VENV)/all runs/toy/sft/model  ## reinforcement on sums, watched for reward hacking
+	$(BIN)/llmkit grpo recipes/toy/grpo.yaml
+
+hack-toy: $(VENV)/all runs/toy/sft/model  ## the same with a reward that can be hacked: see the alarm
+	$(BIN)/llmkit grpo recipes/toy/grpo_hackable.yaml
+
 STAGES = $(shell for s in pretrain sft dpo kto rrhf grpo; do test -d runs/toy/$$s/model && echo runs/toy/$$s; done)
 report-toy: $(VENV)/all runs/toy/pretrain/model runs/toy/sft/model  ## all stages of the toy model side by side: runs/toy/report.html
 	$(OFFLINE) $(BIN)/llmkit eval recipes/toy/eval.yaml $(STAGES)
@@ -97,9 +115,9 @@ pretrain-shakespeare-char: $(VENV)/core  ## nanoGPT's classic; DATA_DIR=folder w
 	$(BIN)/llmkit pretrain recipes/shakespeare-char/pretrain.yaml --data_dir $(DATA_DIR)
 
 RECIPE ?= sft
-adapt-lora: $(VENV)/all  ## LoRA on any causal LM: MODEL=path-or-id DATA=rows.jsonl [RECIPE=sft_qlora] [ARGS="--key value"]
+adapt-lora: $(VENV)/all  ## LoRA on any causal LM: MODEL=path-or-id DATA=rows.jsonl [RECIPE=sft_qlora|dpo|grpo] [ARGS="--key value"]
 	@test -n "$(MODEL)" -a -n "$(DATA)" || { echo "make adapt-lora MODEL=path-or-id DATA=rows.jsonl"; exit 2; }
-	$(BIN)/llmkit sft recipes/adapt-lora/$(RECIPE).yaml --model_name_or_path "$(MODEL)" --datasets.0.data_files "$(DATA)" $(ARGS)
+	$(BIN)/llmkit $(firstword $(subst _, ,$(RECIPE))) recipes/adapt-lora/$(RECIPE).yaml --model_name_or_path "$(MODEL)" --datasets.0.data_files "$(DATA)" $(ARGS)
 
 clean-toy:  ## forget the toy runs
 	rm -rf runs/toy

@@ -116,12 +116,12 @@ def finish(job: Job, run: Run, is_best: bool) -> Figures:
     """What the held-out prompts gave at the start and at the end."""
     monitor: Monitor = job.trainer.monitor
     if is_best and run.is_main and monitor.can_ask:
-        measured = monitor.measure(job.trainer.accelerator.unwrap_model(job.trainer.model))
+        model = job.trainer.accelerator.unwrap_model(job.trainer.model)
+        measured = monitor.measure(model, job.trainer.state.global_step)
         monitor.last = {key: value for key, value in measured.items() if isinstance(value, float)}
     metrics = {key.removeprefix("eval_"): value for key, value in monitor.last.items()}
-    for name in ("gold", "proxy"):
-        if items := monitor.start.get(f"{name}_items"):
-            metrics[f"{name}_at_start"] = float(np.mean(items))
+    if bests := monitor.start.get("bests"):
+        metrics |= {f"{name}_at_start": float(np.mean(bests[0][name])) for name in ("gold", "proxy")}
     metrics["num_alerts"] = len(monitor.alarms.raised)
     return {}, metrics, "ok"
 

@@ -187,13 +187,13 @@ def _selection(now: dict[str, Any], start: dict[str, float]) -> Found:
 
 
 def _gold(now: dict[str, Any], start: dict[str, float]) -> Found:
-    """`gold_change` and `proxy_change`: (mean, low, high) of the paired difference to the start on held-out prompts."""
+    """`gold_change`, `proxy_change`: (mean, low, high) of the paired difference to when gold was best, held-out."""
     gold, proxy = now.get("gold_change"), now.get("proxy_change")
     if gold is None or proxy is None or not (gold[2] < 0 and gold[0] <= -0.02 and proxy[0] >= 0):
         return []
     reason = (
-        f"on held-out prompts gold fell by {-gold[0]:.3f} (95 %: {-gold[2]:.3f} to {-gold[1]:.3f}) "
-        f"while the reward rose by {proxy[0]:.3f}; look at hacked.jsonl, and mend the reward"
+        f"on held-out prompts gold fell by {-gold[0]:.3f} since step {now['best_step']} (95 %: {-gold[2]:.3f} to "
+        f"{-gold[1]:.3f}) while the reward rose by {proxy[0]:.3f}; look at hacked.jsonl, and mend the reward"
     )
     return [("gold-falls", reason)]
 

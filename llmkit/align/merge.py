@@ -106,7 +106,9 @@ def merge_checked(model: Any, rows: list[Tensor]) -> tuple[PreTrainedModel, Diff
     adapted, was_tied = get_logits(model, rows), model.config.get_text_config().tie_word_embeddings
     merged = model.merge_and_unload()
     head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
-    if was_tied and torch.equal(head.weight, embedding.weight):  # PEFT unties what it trained in full
+    if (
+        head is not None and was_tied and torch.equal(head.weight, embedding.weight)
+    ):  # PEFT unties what it trained in full
         head.weight, merged.config.get_text_config().tie_word_embeddings = embedding.weight, True
     difference = compare(adapted, get_logits(merged, rows))
     if not difference.relative <= TOLERANCE:

@@ -70,18 +70,24 @@ class Monitor(TrainerCallback):
         if not self.run.is_main or not self.can_ask:
             return
         if state.global_step and path.exists():
-            self.start = json.loads(path.read_text(encoding="utf-8"))
-            self.alarms = Alarms(self.start["figures"], set(self.start["raised"]))
+            self._go_on(path, state.global_step)
             return
         model = self._bare(model)
-        self.start = {"answers": self._sample(model), "raised": []}
+        self.start = {"answers": self._sample(model), "bests": []}
         ids = self.start["answers"]
         self.start["logps"] = [row.tolist() for row in answer_logps(model, ids, self._batch_size())]
         self._evaluate(state.global_step, model)
-        self._save()
+
+    def _go_on(self, path: Path, step: int) -> None:
+        """What was known at that step; logs are cut there already."""
+        self.start = json.loads(path.read_text(encoding="utf-8"))
+        self.start["bests"] = [best for best in self.start["bests"] if best["step"] <= step]
+        alerts = self.run.folder / "alerts.jsonl"
+        lines = alerts.read_text(encoding="utf-8").splitlines() if alerts.exists() else []
+        self.alarms = Alarms(self.start["figures"], {json.loads(line)["kind"] for line in lines})
 
     def _save(self) -> None:
-        self.start |= {"figures": self.alarms.start, "raised": sorted(self.alarms.raised)}
+        self.start["figures"] = self.alarms.start
         write_json(self.run.folder / "monitor.json", self.start)
 
     def _bare(self, model: Any) -> Any:
@@ -149,8 +155,6 @@ class Monitor(TrainerCallback):
             self.run.append("hacked.jsonl", {"step": step, "alarm": found[0][0], **row})
         if found and self.worst:
             self.job.console.print(f"          e.g. {example['example']}; more in hacked.jsonl", markup=False)
-        if found and self.start:
-            self._save()
 
     # ---- held-out prompts and canaries
 
@@ -163,7 +167,7 @@ class Monitor(TrainerCallback):
             control.should_training_stop = True
 
     def _evaluate(self, step: int, model: Any) -> None:
-        figures: dict[str, Any] = self.measure(model)
+        figures: dict[str, Any] = self.measure(model, step)
         shown = {key: value for key, value in figures.items() if isinstance(value, float)}
         self.last = shown
         self.run.log({"step": step} | shown)
@@ -171,14 +175,15 @@ class Monitor(TrainerCallback):
         told = "  ".join(f"{name.removeprefix('eval_')} {shown[name]:.4f}" for name in names if name in shown)
         self.job.console.print(f"monitor {step:>3,}/{self.job.trainer.state.max_steps:,}  {told}")
         self._look(step, figures)
+        self._save()
         if self.watch.best:
             self.watch.best.see(step, shown, model)
 
-    def measure(self, model: Any) -> dict[str, Any]:
-        """Held-out reward and gold, their paired changes to the start, KL, canaries; no random number is used up."""
+    def measure(self, model: Any, step: int) -> dict[str, Any]:
+        """Held-out reward and gold, their paired changes to where gold was best, KL, canaries; nothing is random."""
         figures: dict[str, Any] = {}
         if self.questions:
-            figures |= self._ask(model)
+            figures |= self._ask(model, step)
         if self.start.get("answers"):
             now = answer_logps(model, self.start["answers"], self._batch_size())
             log_ratio = np.concatenate([new - np.array(old) for new, old in zip(now, self.start["logps"], strict=True)])
@@ -189,7 +194,7 @@ class Monitor(TrainerCallback):
             figures[f"canary/{name}"] = scores.loss
         return figures
 
-    def _ask(self, model: Any) -> dict[str, Any]:
+    def _ask(self, model: Any, step: int) -> dict[str, Any]:
         config, answers = self.job.config, []
         ids = [self._prompt_ids(row["prompt"]) for row in self.questions]
         with answering(model), torch.no_grad():
@@ -203,11 +208,17 @@ class Monitor(TrainerCallback):
         if self.gold is not None:
             gold = score([self.gold], self.questions, [text for text, _ in answers])
             measured["gold"] = np.nan_to_num(gold[self.gold.name])
-        for name, items in measured.items():
-            figures[f"eval_{name}"] = float(items.mean())
-            first = self.start.setdefault(f"{name}_items", items.tolist())
-            pair = compare([items], [np.array(first)])
-            figures[f"{name}_change"] = (pair.difference, pair.low, pair.high)
+        figures |= {f"eval_{name}": float(items.mean()) for name, items in measured.items()}
+        if self.gold is None:
+            return figures
+        bests = self.start["bests"]
+        if bests:
+            for name, items in measured.items():
+                pair = compare([items], [np.array(bests[-1][name])])
+                figures[f"{name}_change"] = (pair.difference, pair.low, pair.high)
+            figures["best_step"] = bests[-1]["step"]
+        if not bests or measured["gold"].mean() > np.mean(bests[-1]["gold"]):
+            bests.append({"step": step} | {name: items.tolist() for name, items in measured.items()})
         return figures
 
 

@@ -6,6 +6,8 @@ Owns the verb. The score is read at the last token of prompt and answer. Leaves 
 be named among the reward_funcs of `llmkit grpo`.
 """
 
+import logging
+import re
 from typing import Any
 
 import torch
@@ -44,11 +46,24 @@ def prepare(config: RewardConfig, console: Console, started: float = 0.0) -> Job
     )
     job = make_job("reward", config, console, parts, trainer, finish, started, parts.named(FIGURES))
     job.load_base = load_classifier
-    job.notes += lengths(parts.data.train, "chosen_ids", "rejected_ids")
+    job.notes += lengths(parts.data.train, "chosen_ids", "rejected_ids", "prompts and chosen answers")
     return job
 
 
 def load_classifier(config: Any, quantization: Any = None, device: Any = None) -> Any:
     """The body of the model that the recipe starts from, under a new head of one score, drawn by `seed`."""
     torch.manual_seed(config.seed)
-    return load_model(config, quantization, device, AutoModelForSequenceClassification, num_labels=1)
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "utils.loading_report")]
+    for logger in loggers:
+        logger.addFilter(_says_more_than_head)
+    try:
+        return load_model(config, quantization, device, AutoModelForSequenceClassification, num_labels=1)
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_says_more_than_head)
+
+
+def _says_more_than_head(record: logging.LogRecord) -> bool:
+    """That the old head is gone and the new one is fresh is what is wanted: such a report is not shown."""
+    named = re.findall(r"^(\S+)\s*\|\s*(?:MISSING|UNEXPECTED)", record.getMessage(), re.MULTILINE)
+    return not named or not all(re.fullmatch(r"(lm_head|embed_out|score|classifier)\..*", key) for key in named)

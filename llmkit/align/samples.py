@@ -20,12 +20,12 @@ FALL = 1.0  # nats per answer
 LONGER = 1.5
 
 
-def lengths(rows: datasets.Dataset, good: str, bad: str) -> list[str]:
+def lengths(rows: datasets.Dataset, good: str, bad: str, what: str = "chosen") -> list[str]:
     """A line on the mean length of good and bad answers: where they differ much, length is the easiest lesson."""
     means = [sum(map(len, rows[name])) / max(1, len(rows)) for name in (good, bad)]
     ratio = max(means) / max(1.0, min(means))
     more = f", {'chosen' if means[0] > means[1] else 'rejected'} {ratio:.1f} times as long" if ratio >= LONGER else ""
-    return [f"lengths   chosen {means[0]:.1f}, rejected {means[1]:.1f} tokens{more}"]
+    return [f"lengths   {what} {means[0]:.1f}, rejected {means[1]:.1f} tokens{more}"]
 
 
 class PreferenceWatch(TrainerCallback):

@@ -12,5 +12,6 @@ AutoModelForSequenceClassification.register(LlmkitConfig, LlmkitForSequenceClass
 LlmkitConfig.register_for_auto_class()  # save_pretrained then copies the code beside the weights
 LlmkitModel.register_for_auto_class("AutoModel")
 LlmkitForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+LlmkitForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
 __all__ = ["LlmkitConfig", "LlmkitForCausalLM", "LlmkitForSequenceClassification", "LlmkitModel"]
