@@ -38,7 +38,7 @@ CHECK = "check.json"  # what the checks before the run found
 HANDED_OVER: dict[str, str] = {}  # file name -> text: found before the run, written into its folder once there is one
 LOCK = ".lock"  # in the run folder while a run writes there
 HOLDS_A_RUN = ("model", "adapter", "checkpoints", "result.json")
-LOGS = ("metrics.jsonl", "alerts.jsonl", "samples.jsonl")
+LOGS = ("metrics.jsonl", "alerts.jsonl", "samples.jsonl", "hacked.jsonl")
 PARTIAL = re.compile(r"\.(step-\d{8}|model|adapter)\.(old|gone|\w{8})")  # what `written_beside` names
 
 
@@ -380,7 +380,8 @@ class Run:
                 past: dict[str, Any] = {}
                 if resume_step is None:
                     check_output_dir(folder)  # again: another run may have finished there since the stage looked
-                    (folder / "alerts.jsonl").unlink(missing_ok=True)
+                    for name in LOGS:
+                        (folder / name).unlink(missing_ok=True)
                     (folder / "metrics.jsonl").write_text("")
                 else:
                     past = {"resumed_at_step": resume_step, "earlier": _earlier_starts(folder)}

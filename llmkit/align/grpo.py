@@ -25,7 +25,7 @@ from ..tuning import GrpoConfig
 from .job import Figures, Job, get_parts, make_job, run
 from .monitor import Monitor
 from .preferences import PromptEncoder, as_prompts
-from .rewards import Reward, get_rewards, self_test
+from .rewards import CONTEXT, Reward, get_rewards, self_test
 from .trainer import without_spare_adapter
 
 
@@ -102,7 +102,9 @@ class Watched:
         gold = None
         if self.gold is not None:
             columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "row")}
-            values = self.gold(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+            values = self.gold(
+                prompts=prompts, completions=completions, completion_ids=completion_ids, **CONTEXT | columns
+            )
             gold = self.accelerator.gather(torch.tensor(values, device=rewards.device, dtype=torch.float32))
             gold = gold.double().cpu().numpy()
         all_prompts, all_said, all_ids = (gather_object(x) for x in (prompts, completions, completion_ids))

@@ -19,10 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .rewards import find_numbers
+
 Floats = NDArray[np.float64]
 
-# values behind the words with which an answer is given; two different ones in one text: it hedges
-GIVEN = re.compile(r"(?:####|\\boxed\{|answer(?: is|:)|=)\s*([^\s,;}]+)", re.IGNORECASE)
+# values behind the words with which an answer is given; steps on the way ("= 12") and headings (#### Step 2) are none
+GIVEN = re.compile(
+    r"(?:####(?=[^\w\n]{0,8}[0-9])|\\boxed\{|\banswer(?: is|:))[\s:*]*(?:the |an? )?([^\s;]+)", re.IGNORECASE
+)
 THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
 
@@ -35,11 +39,16 @@ def advantages(rewards_PG: Floats) -> Floats:
     return centred / (rewards_PG.std(1, ddof=1, keepdims=True) + 1e-4)
 
 
-def selection(rewards_PG: Floats, gold_PG: Floats) -> Floats:
-    """Covariance of advantage and gold in every group where both vary: which way the update pushes gold."""
+def selection(rewards_PG: Floats, gold_PG: Floats) -> tuple[Floats, Floats]:
+    """Covariance of advantage and gold in every group where both vary: which way the update pushes gold.
+
+    And its variance, were the rewards of a group dealt out at random: exact, however few the groups (the spread of a
+    few dozen covariances, most of them equal where right answers are rare, is not).
+    """
     varies = (np.ptp(rewards_PG, axis=1) > 1e-9) & (np.ptp(gold_PG, axis=1) > 1e-9)
-    gold = gold_PG[varies] - gold_PG[varies].mean(1, keepdims=True)
-    return (advantages(rewards_PG[varies]) * gold).mean(1)
+    gold, size = gold_PG[varies] - gold_PG[varies].mean(1, keepdims=True), gold_PG.shape[1]
+    pull = advantages(rewards_PG[varies])
+    return (pull * gold).mean(1), (pull**2).sum(1) * (gold**2).sum(1) / (size**2 * (size - 1))
 
 
 def correlation(a: Floats, b: Floats) -> float:
@@ -63,8 +72,10 @@ def repeats(text: str, n: int = 3) -> float:
 
 
 def is_hedging(text: str) -> bool:
-    """Two different answers given in one text."""
-    return len({value.rstrip(".").lower() for value in GIVEN.findall(text)}) > 1 and "=" not in text
+    """Two different answers given in one text; where some have a number, two different numbers."""
+    values = GIVEN.findall(text)
+    numbers = {found[0] for value in values if (found := find_numbers(value))}
+    return len(numbers or {value.strip(".,:*()}").lower() for value in values}) > 1
 
 
 def duplicates(groups: list[list[str]]) -> float:
@@ -123,23 +134,23 @@ class Selection:
     """Which way the reward pushes gold, over the last groups that tell."""
 
     def __init__(self, window: int = 64, fewest: int = 24):
-        self.groups: deque[float] = deque(maxlen=window)
+        self.groups: deque[tuple[float, float]] = deque(maxlen=window)
         self.fewest = fewest
 
     def add(self, rewards_PG: Floats, gold_PG: Floats) -> float | None:
-        """z of the mean covariance, None before there are enough groups. Below 0: worse answers are preferred."""
-        self.groups.extend(selection(rewards_PG, gold_PG).tolist())
+        """z of the sum of covariances, None before there are enough groups. Below 0: worse answers are preferred."""
+        self.groups.extend(zip(*selection(rewards_PG, gold_PG), strict=True))
         if len(self.groups) < self.fewest:
             return None
-        values = np.array(self.groups)
-        return float(values.mean() / max(values.std(ddof=1) / math.sqrt(len(values)), 1e-6))
+        covariance, variance = np.array(self.groups).sum(0)
+        return float(covariance / math.sqrt(variance))
 
 
 # ---- alarms
 
 
 LIMITS = {
-    "selection_z": -3.5,  # one look in 4,000 at a reward that has nothing to do with gold
+    "selection_z": -4.25,  # a reward that has nothing to do with gold: under 1 % of runs of 200 batches (at -3.5: 8 %)
     "kl": 0.5,  # nats per token from the reference
     "canary": 0.4,  # nats per token: half as much perplexity again
     "canary_task": -0.1,
@@ -192,7 +203,7 @@ def _gold(now: dict[str, Any], start: dict[str, float]) -> Found:
     if gold is None or proxy is None or not (gold[2] < 0 and gold[0] <= -0.02 and proxy[0] >= 0):
         return []
     reason = (
-        f"on held-out prompts gold fell by {-gold[0]:.3f} since step {now['best_step']} (95 %: {-gold[2]:.3f} to "
+        f"on held-out prompts gold fell by {-gold[0]:.3f} since step {now.get('best_step', 0)} (95 %: {-gold[2]:.3f} to "
         f"{-gold[1]:.3f}) while the reward rose by {proxy[0]:.3f}; look at hacked.jsonl, and mend the reward"
     )
     return [("gold-falls", reason)]

@@ -1,7 +1,7 @@
 """Watches a GRPO run for reward hacking: its answers while it trains, held-out prompts and canaries in between.
 
 Owns the callback, alerts.jsonl, hacked.jsonl (answers that the reward likes and gold does not) and monitor.json (what
-things were before the first step, so that a run that goes on is measured against the same).
+things were at first, so that a run that goes on is measured against the same).
 
     monitor = Monitor(rewards, gold);  trainer.monitor = monitor;  job.callbacks.append(monitor)
 
@@ -27,7 +27,8 @@ from ..evaluate.texts import score_texts
 from ..run import Run, write_json
 from ..train.watch import own_random_numbers
 from .hacking import Alarms, Floats, Selection, batch_figures
-from .rewards import Reward, text_of
+from .rewards import CONTEXT, Reward, text_of
+from .watch import any_rank
 
 SHOWN = 16  # answers in hacked.jsonl per alarm
 CANARY_DOCUMENTS = 64
@@ -67,10 +68,10 @@ class Monitor(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         path = self.run.folder / "monitor.json"
-        if not self.run.is_main or not self.can_ask:
-            return
-        if state.global_step and path.exists():
+        if state.global_step and path.exists():  # on every rank: all look at the same batches
             self._go_on(path, state.global_step)
+            return
+        if not self.run.is_main or not self.can_ask:
             return
         model = self._bare(model)
         self.start = {"answers": self._sample(model), "bests": []}
@@ -79,16 +80,15 @@ class Monitor(TrainerCallback):
         self._evaluate(state.global_step, model)
 
     def _go_on(self, path: Path, step: int) -> None:
-        """What was known at that step; logs are cut there already."""
+        """What was known at that step; alerts.jsonl is cut there already."""
         self.start = json.loads(path.read_text(encoding="utf-8"))
-        self.start["bests"] = [best for best in self.start["bests"] if best["step"] <= step]
-        alerts = self.run.folder / "alerts.jsonl"
-        lines = alerts.read_text(encoding="utf-8").splitlines() if alerts.exists() else []
-        self.alarms = Alarms(self.start["figures"], {json.loads(line)["kind"] for line in lines})
+        self.start["bests"] = [best for best in self.start.get("bests", []) if best["step"] <= step]
+        self.alarms = Alarms(self.start["figures"], _kinds(self.run.folder / "alerts.jsonl"))
 
     def _save(self) -> None:
         self.start["figures"] = self.alarms.start
-        write_json(self.run.folder / "monitor.json", self.start)
+        if self.run.is_main:
+            write_json(self.run.folder / "monitor.json", self.start)
 
     def _bare(self, model: Any) -> Any:
         return self.job.trainer.accelerator.unwrap_model(model)
@@ -142,7 +142,10 @@ class Monitor(TrainerCallback):
         return figures
 
     def _look(self, step: int, figures: dict[str, Any]) -> None:
+        num_known = len(self.alarms.start)
         found = self.alarms.look(figures)
+        if len(self.alarms.start) > num_known:
+            self._save()
         example = {}
         if self.worst:
             shown = json.dumps(self.worst[0]["completion"][:200], ensure_ascii=False)
@@ -163,7 +166,7 @@ class Monitor(TrainerCallback):
         is_due = state.global_step == state.max_steps or state.global_step % every == 0
         if is_due and self.run.is_main and self.can_ask:
             self._evaluate(state.global_step, self._bare(model))
-        if self.is_alarmed and self.job.config.stop_on_alarm:
+        if self.job.config.stop_on_alarm and any_rank(self.is_alarmed):  # held-out prompts alarm the main one only
             control.should_training_stop = True
 
     def _evaluate(self, step: int, model: Any) -> None:
@@ -222,6 +225,12 @@ class Monitor(TrainerCallback):
         return figures
 
 
+def _kinds(path: Path) -> set[str]:
+    """Of the alerts that were raised up to the checkpoint: Run.start has cut what came after it."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {json.loads(line)["kind"] for line in lines}
+
+
 def _some_texts(source: Any, data_dir: Path) -> list[str]:
     """The first documents, at most CANARY_DOCUMENTS of CANARY_CHARS together."""
     found: list[str] = []
@@ -260,7 +269,7 @@ def score(rewards: list[Reward], rows: list[dict[str, Any]], texts: list[str]) -
     ]
     columns = {key: [row.get(key) for row in rows] for key in rows[0] if key not in ("prompt", "row")}
     ids = [list(text.encode()) for text in texts]
-    return {r.name: r(prompts=prompts, completions=said, completion_ids=ids, **columns) for r in rewards}
+    return {r.name: r(prompts=prompts, completions=said, completion_ids=ids, **CONTEXT | columns) for r in rewards}
 
 
 @torch.no_grad()

@@ -27,17 +27,21 @@ from .trainer import ByRow
 FIGURES = ["loss", "ranking", "nll", "rewards/accuracies", "rewards/margins", "logps/chosen"]
 
 
+def ranked_pairs(scores_N: Tensor, group_N: Tensor) -> Tensor:
+    """(N, N): whether i and j answer one prompt and j has the higher score."""
+    return (group_N[:, None] == group_N[None, :]) & (scores_N[:, None] < scores_N[None, :])
+
+
 def rank_loss(logps_N: Tensor, scores_N: Tensor, group_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum over pairs (i, j) of one prompt with score_i < score_j of max(0, p_i - p_j), per prompt; nats per token.
 
     `logps_N`: p, the length-normalised log-probability of each answer; `group_N`: its prompt, from 0.
-    Returns the mean over prompts, and of all such pairs the share in order and the mean margin p_j - p_i.
+    Returns the mean over prompts, and of all such pairs the share in order and the mean margin p_j - p_i, 0 of none.
     Source: Yuan et al. 2023, equation 2; the paper adds the prompts of a batch up, here they are averaged.
     """
-    is_worse = (group_N[:, None] == group_N[None, :]) & (scores_N[:, None] < scores_N[None, :])  # (N, N)
-    excess = (logps_N[:, None] - logps_N[None, :])[is_worse]
-    num_prompts = group_N.max() + 1
-    return excess.clamp(min=0).sum() / num_prompts, (excess < 0).float().mean(), -excess.mean()
+    excess = (logps_N[:, None] - logps_N[None, :])[ranked_pairs(scores_N, group_N)]
+    num_prompts, num_pairs = group_N.max() + 1, max(1, len(excess))
+    return excess.clamp(min=0).sum() / num_prompts, (excess < 0).sum() / num_pairs, -excess.sum() / num_pairs
 
 
 def best_answers(scores_N: Tensor, group_N: Tensor) -> Tensor:
@@ -75,11 +79,11 @@ def rrhf_loss(
 class RrhfTrainer(ByRow, Trainer):
     """Batches of `RankedCollator`; logs under TRL's names."""
 
-    model_accepts_loss_kwargs = False  # the loss is a mean over prompts: the trainer divides by accumulation
-
     def __init__(self, *args: Any, rank_weight: float, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.rank_weight = rank_weight
+        # not in the class: Trainer.__init__ sets it. The loss is a mean over prompts, to be divided by accumulation
+        self.model_accepts_loss_kwargs = False
         self.can_return_loss = True
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._total_train_tokens = 0
@@ -111,6 +115,12 @@ class RrhfTrainer(ByRow, Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
+
+    def _weight(self, key: str, batch: dict[str, Any]) -> float:
+        """Pairs of the batch, or prompts: not answers, of which a prompt may have more than another."""
+        if key.startswith("rewards/"):
+            return float(ranked_pairs(batch["scores"], batch["group"]).sum())
+        return float(batch["group"].max() + 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"

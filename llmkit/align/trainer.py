@@ -31,7 +31,11 @@ class _Sweep:
             for figure, value in self.figures(rows).items():
                 metrics["_".join(filter(None, (metric_key_prefix, name, figure)))] = value
         self._metrics["eval"].clear()  # means over batches, which TRL would log as they are
+        # log() goes by the model's mode, which is training again: it would write what the batches since the last log
+        # gave into this row, and forget it
+        held, self._metrics["train"] = self._metrics["train"], defaultdict(list)
         self.log(metrics)
+        self._metrics["train"] = held
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

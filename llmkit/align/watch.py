@@ -118,7 +118,7 @@ class Watch(TrainerCallback):
         is_due = state.global_step == state.max_steps or state.global_step % (self.config.eval_steps or math.inf) == 0
         if self.scorer and is_due and self.run.is_main:
             self._score_tasks(self.scorer, state, model)
-        if _any_rank(self.asked()):
+        if any_rank(self.asked()):
             self.is_stopped = control.should_save = control.should_training_stop = True
 
     def _score_tasks(self, scorer: TaskScorer, state: Any, model: Any) -> None:
@@ -166,7 +166,7 @@ def _is_learnt(rows: list[dict[str, float]], slack: float) -> bool:
     return wrong <= slack + 1e-9 and max(row["loss"] for row in rows) < 0.02
 
 
-def _any_rank(asked: bool) -> bool:
+def any_rank(asked: bool) -> bool:
     """Whether any rank was asked to end: all must end at the same step."""
     if PartialState().num_processes == 1:
         return asked
