@@ -47,7 +47,8 @@ def text_pairs(count=4):
 
 def glued_pairs():
     """A prompt that ends in the middle of a token of one answer, and not of the other's."""
-    return [{"prompt": "Q: The re", "chosen": "d cat", "rejected": " dog"}]
+    answers = ("d cat", " dog")
+    return [{"prompt": "Q: The re", "chosen": a, "rejected": b} for a, b in (answers, answers[::-1])]
 
 
 ROWS = {
