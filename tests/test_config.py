@@ -10,7 +10,7 @@ import yaml
 
 from llmkit.cli import VERBS
 from llmkit.config import RENAMED, UserError, describe, dump, load, option
-from llmkit.tuning import SftConfig
+from llmkit.tuning import DpoConfig, GrpoConfig, KtoConfig, RewardConfig, RrhfConfig, SftConfig
 from llmkit.verbs import ExportConfig, GenerateConfig, PretrainConfig
 
 FILES = (Path(__file__).parent.parent / "recipes").glob("*/*.yaml")
@@ -22,11 +22,19 @@ OURS = {
     "sample_prompts", "sample_max_new_tokens", "accelerate_config", "num_processes",
     "skip_checks", "check_ignore", "overfit", "eval_tasks", "eval_tasks_limit",
 }  # fmt: skip
-OURS_IN_SFT = {
-    "overfit", "datasets", "eval_datasets", "data_dir", "test_split_size", "max_bad_rows", "eval_answers",
-    "max_new_tokens", "skip_checks", "check_ignore", "accelerate_config", "num_processes", "passed_on", "eval_tasks",
-    "eval_tasks_limit",
+OURS_IN_TUNING = {
+    "datasets", "eval_datasets", "data_dir", "test_split_size", "max_bad_rows", "skip_checks", "check_ignore",
+    "accelerate_config", "num_processes", "passed_on", "eval_tasks", "eval_tasks_limit",
 }  # fmt: skip
+# and of each verb; all else must be spelled as TRL spells it, here or in another of its configs
+OURS_ALONE = {
+    SftConfig: {"overfit", "eval_answers", "max_new_tokens"},
+    DpoConfig: {"eval_samples", "max_new_tokens", "ref_model_name_or_path"},
+    KtoConfig: {"eval_samples", "max_new_tokens", "ref_model_name_or_path"},
+    RrhfConfig: {"eval_samples", "max_new_tokens", "rank_weight"},
+    RewardConfig: set(),
+    GrpoConfig: {"reward_funcs", "gold_verifier", "gold_prompts", "canary_datasets", "stop_on_alarm"},
+}
 
 
 def recipe(folder: Path, text: str) -> str:
@@ -211,13 +219,20 @@ def test_shipped_recipes_load_and_survive_the_dump(path, tmp_path):
     assert config.output_dir.startswith("runs/")
 
 
-def test_keys_are_spelled_as_in_training_arguments_and_trl():
-    from transformers import TrainingArguments
-    from trl import ModelConfig, SFTConfig
+def names(*classes: type) -> set[str]:
+    return {field.name for cls in classes for field in dataclasses.fields(cls)}
 
-    theirs = {field.name for cls in (TrainingArguments, ModelConfig, SFTConfig) for field in dataclasses.fields(cls)}
-    for cls, ours in ((PretrainConfig, OURS), (SftConfig, OURS_IN_SFT)):
-        assert {field.name for field in dataclasses.fields(cls)} - theirs == ours
+
+def test_keys_are_spelled_as_in_training_arguments_and_trl():
+    import trl
+    from transformers import TrainingArguments
+
+    own = [getattr(trl, cls.PASSES_ON, TrainingArguments) for cls in OURS_ALONE]
+    assert len({*own}) == 6 and {cls for _, cls, _ in VERBS.values() if hasattr(cls, "PASSES_ON")} == {*OURS_ALONE}
+    theirs = names(TrainingArguments, trl.ModelConfig, *own)
+    assert names(PretrainConfig) - names(TrainingArguments, trl.ModelConfig, trl.SFTConfig) == OURS
+    for cls, ours in OURS_ALONE.items():
+        assert names(cls) - theirs == OURS_IN_TUNING | ours, cls
 
 
 @pytest.mark.parametrize("cls", [cls for _, cls, _ in VERBS.values()], ids=VERBS)

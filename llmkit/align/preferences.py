@@ -9,6 +9,7 @@ to `max_length`: a longer one is a bad row. Leaves out reading rows (`data/prefe
 """
 
 import json
+import math
 from typing import Any
 
 import datasets
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..check.audit import tokenize_row
+from ..config import UserError
 from ..data.chat import LABELLED, PAIRS, PROMPTS, RANKED
 from ..tuning import TuningConfig
 from .rows import IDS, IGNORE, CannotTrain, first_line
@@ -83,16 +85,19 @@ class PairEncoder(_Encoder):
 
 
 class RewardEncoder(PairEncoder):
-    """chosen_ids and rejected_ids, each with its prompt; a margin where every row has one."""
+    """chosen_ids and rejected_ids, each with its prompt; margin, or None (`with_margins`)."""
 
-    features = {"chosen_ids": IDS, "rejected_ids": IDS}
+    features = {"chosen_ids": IDS, "rejected_ids": IDS, "margin": datasets.Value("float32")}
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        ids = super().__call__(row)
-        return {name: ids["prompt_ids"] + ids[name] for name in self.features}
+        ids, margin = super().__call__(row), row.get("margin")
+        if margin is not None and not (type(margin) in (int, float) and math.isfinite(margin)):
+            raise CannotTrain(f"margin is {margin!r}: no number")
+        whole = {name: ids["prompt_ids"] + ids[name] for name in ("chosen_ids", "rejected_ids")}
+        return whole | {"margin": margin}
 
     def sequences(self, columns: dict[str, Any]) -> Sequences:
-        return [(list(columns[name]), list(columns[name])) for name in self.features]
+        return [(list(columns[name]), list(columns[name])) for name in ("chosen_ids", "rejected_ids")]
 
 
 class LabelledEncoder(_Encoder):
@@ -141,9 +146,12 @@ class PromptEncoder(_Encoder):
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         prompt = row["prompt"]
+        options = self.config.passed_on.get("chat_template_kwargs") or {}  # the trainer's, too
         try:
             ids = (
-                self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+                self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **options)[
+                    "input_ids"
+                ]
                 if isinstance(prompt, list)
                 else self.tokenizer(prompt)["input_ids"]
             )
@@ -168,18 +176,32 @@ def as_prompts(rows: datasets.Dataset) -> datasets.Dataset:
     return datasets.Dataset.from_list([json.loads(text) for text in rows["raw"]])
 
 
+def with_margins(rows: datasets.Dataset) -> datasets.Dataset:
+    """Rows of RewardEncoder for TRL's collator: a margin on every row, or no such column. Raises UserError."""
+    num_missing = sum(margin is None for margin in rows["margin"])
+    if 0 < num_missing < len(rows):
+        raise UserError(f"datasets: margin on {len(rows) - num_missing:,} of {len(rows):,} rows; on all, or on none")
+    return rows.remove_columns("margin") if num_missing else rows
+
+
 def mismatched(rows: datasets.Dataset) -> datasets.Dataset:
     """KTO's KL term is estimated on answers to other prompts: of the next row whose prompt differs.
 
     TRL takes the row before within a batch, which in pairs made two rows is the other answer to the same prompt.
+    Raises UserError where no row has another prompt.
     """
-    prompts, answers = rows["prompt_ids"], rows["completion_ids"]
+    prompts, answers = rows["prompt_ids"][:], rows["completion_ids"][:]
     count = len(rows)
     found, other = [], 0
     for i in range(count):
         other = max(other, i + 1)
         while other < i + count and prompts[other % count] == prompts[i]:
             other += 1
+        if other == i + count:
+            raise UserError(
+                f"datasets: all {count:,} rows of a set have the same prompt; KTO estimates its KL term on answers to "
+                "other prompts, so add some"
+            )
         found.append(answers[other % count])
     return rows.add_column("KL_completion_ids", found, feature=IDS)
 

@@ -19,7 +19,7 @@ from ..tuning import RewardConfig
 from .build import load_model
 from .dpo import finish
 from .job import Job, get_parts, make_job, run
-from .preferences import RewardEncoder
+from .preferences import RewardEncoder, with_margins
 from .samples import lengths
 from .trainer import ByRow
 
@@ -40,8 +40,8 @@ def prepare(config: RewardConfig, console: Console, started: float = 0.0) -> Job
     trainer: Any = type("Trainer", (ByRow, RewardTrainer), {})(
         model=parts.model,
         args=parts.args,
-        train_dataset=parts.data.train,
-        eval_dataset=parts.data.shards or None,
+        train_dataset=with_margins(parts.data.train),
+        eval_dataset={name: with_margins(rows) for name, rows in parts.data.shards.items()} or None,
         processing_class=parts.tokenizer,
     )
     job = make_job("reward", config, console, parts, trainer, finish, started, parts.named(FIGURES))

@@ -10,6 +10,7 @@ Leaves out templates and tokens: `align/rows.py`.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from .sources import Source, describe, find_builder, find_files, hub_rows, toywo
 
 ANSWERS = "answers"
 PAIRS, LABELLED, RANKED, PROMPTS = preferences.KINDS
+EMPTY = "nothing in it; point at a file or split that has rows"
 KEPT = ("messages", "prompt", "completion", "text", "tools", "chat_template_kwargs", "kind")
 
 
@@ -34,9 +36,12 @@ class Bad(NamedTuple):
 def load_rows(source: Source, data_dir: Path, kind: str = ANSWERS) -> Iterator[dict[str, Any] | Bad]:
     """Good rows, each with `row`, and the others. Raises UserError for what cannot be read or has no known format."""
     number = 0
-    for number, given in enumerate(_read(source, data_dir, kind), 1):
+    for number, raw in enumerate(_read(source, data_dir, kind), 1):
+        given = {key: value for key, value in raw.items() if value is not None}
         if kind != ANSWERS:
-            yield from _preference(source, given, kind, number)
+            if number == 1:  # by all its columns: what a row lacks is a bad row, not another format
+                _check_kind(source, raw, kind)
+            yield from _preference(given, kind, number)
             continue
         row = with_trl_columns(given)
         if isinstance(row.get("messages"), list):  # roles as templates know them, no empty columns
@@ -47,21 +52,24 @@ def load_rows(source: Source, data_dir: Path, kind: str = ANSWERS) -> Iterator[d
         problem = problem_of(row)
         yield kept | {"row": number} if problem is None else Bad(number, problem)
     if not number:
-        raise UserError(f"{describe(source)}: nothing in it; point at a file or split that has rows")
+        raise UserError(f"{describe(source)}: {EMPTY}")
 
 
-def _preference(source: Source, given: dict[str, Any], kind: str, number: int) -> Iterator[dict[str, Any] | Bad]:
-    make_rows, _, expected = preferences.KINDS[kind]
-    if number == 1 and not preferences.is_of_kind(given, kind):
-        raise UserError(
-            f"{describe(source)}: columns {', '.join(sorted(given))}; expected {expected}; "
-            "`columns: {yours: ours}` renames"
-        )
+def _preference(given: dict[str, Any], kind: str, number: int) -> Iterator[dict[str, Any] | Bad]:
     try:
-        for row in make_rows(given):
+        for row in preferences.KINDS[kind][0](given):
             yield row | {"row": number}
     except preferences.Useless as error:
         yield Bad(number, str(error))
+
+
+def _check_kind(source: Source, raw: dict[str, Any], kind: str) -> None:
+    """Raises UserError where the columns are not those of that kind."""
+    if not preferences.is_of_kind(raw, kind):
+        raise UserError(
+            f"{describe(source)}: columns {', '.join(sorted(raw))}; expected {preferences.KINDS[kind][2]}; "
+            "`columns: {yours: ours}` renames"
+        )
 
 
 def _check_format(source: Source, given: dict[str, Any], row: dict[str, Any]) -> None:
@@ -78,7 +86,7 @@ def _check_format(source: Source, given: dict[str, Any], row: dict[str, Any]) ->
 
 
 def _read(source: Source, data_dir: Path, kind: str) -> Any:
-    """An iterable of raw rows, without keys that hold nothing."""
+    """An iterable of raw rows."""
     if source.path.startswith("builtin/"):
         from . import toychat
 
@@ -99,7 +107,7 @@ def _read(source: Source, data_dir: Path, kind: str) -> Any:
         found = found.rename_columns(source.columns)
     elif source.columns:
         raise UserError(f"{describe(source)}: columns={source.columns!r}; here it renames: {{yours: ours}}")
-    return ({key: value for key, value in row.items() if value is not None} for row in found)
+    return found
 
 
 def _local(source: Source, kind: str, files: list[str]) -> Any:
@@ -113,7 +121,7 @@ def _local(source: Source, kind: str, files: list[str]) -> Any:
 
 
 def _reason(files: list[str], error: Exception) -> str:
-    """The line that is no JSON where there is one, else what `datasets` said first."""
+    """The line that is no JSON where there is one, else what `datasets` said first: of an empty file, nothing."""
     for name in files:
         if not name.endswith(".jsonl"):
             continue
@@ -124,5 +132,8 @@ def _reason(files: list[str], error: Exception) -> str:
                         return f"{name}:{number}: not a JSON object; mend that line"
                 except ValueError as wrong:
                     return f"{name}:{number}: not JSON ({wrong}); mend that line"
+    if not any(os.path.getsize(name) for name in files):
+        return EMPTY
     cause = error.__cause__ or error
-    return f"cannot be read ({str(cause).strip().splitlines()[0][:200]}); expected rows of one kind"
+    said = str(cause).strip() or type(cause).__name__
+    return f"cannot be read ({said.splitlines()[0][:200]}); expected rows of one kind"

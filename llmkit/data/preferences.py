@@ -35,19 +35,34 @@ def _user(text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": text}]
 
 
+def _role(given: Any) -> Any:
+    return given.get("role") if isinstance(given, dict) else None
+
+
+def _system(row: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
+
+
+def _history(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The turns before an instruction, which alpaca writes as [[question, answer], ...]. Raises Useless."""
+    given = row.get("history") if "instruction" in row else None
+    if given and not (isinstance(given, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in given)):
+        raise Useless("history is no list of [question, answer]")
+    return [turn for asked, answer in given or [] for turn in (*_user(asked), {"role": "assistant", "content": answer})]
+
+
 def prompt_of(row: dict[str, Any]) -> Any:
-    """The turns or the text before an answer; None where the row has none of its own."""
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    """The turns or the text before an answer; None where the row has none of its own. Raises Useless."""
     for key in ("prompt", "conversations", "messages"):
         if isinstance(row.get(key), list) and row[key]:
-            return system + _turns(row[key])
+            return _system(row) + _turns(row[key])
     if isinstance(row.get("prompt"), str) and row["prompt"].strip():
-        return row["prompt"]
+        return _system(row) + _user(row["prompt"]) if row.get("system") else row["prompt"]
     asked = next((row[key] for key in QUESTIONS if isinstance(row.get(key), str) and row[key].strip()), None)
     if asked is None:
         return None
     extra = row.get("input") if isinstance(row.get("input"), str) and row.get("input") else None
-    return system + _user(f"{asked}\n\n{extra}" if extra else asked)
+    return _system(row) + _history(row) + _user(f"{asked}\n\n{extra}" if extra else asked)
 
 
 def _shared(answers: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -56,6 +71,16 @@ def _shared(answers: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     while all(count < len(turns) - 1 and turns[count] == answers[0][count] for turns in answers):
         count += 1
     return answers[0][:count]
+
+
+def _unfit(answers: list[Any]) -> str:
+    """What is wrong with answers that are neither all texts nor all turns."""
+    if any(answer is None for answer in answers):
+        return "an answer is missing"
+    kinds = sorted({type(answer).__name__ for answer in answers if not isinstance(answer, (str, list, dict))})
+    if kinds:
+        return f"an answer is {', '.join(kinds)}: not text or turns"
+    return "empty answer" if not all(answers) else "an answer is text, another one turns"
 
 
 def _with_prompt(row: dict[str, Any], answers: list[Any]) -> tuple[Any, list[Any]]:
@@ -68,27 +93,34 @@ def _with_prompt(row: dict[str, Any], answers: list[Any]) -> tuple[Any, list[Any
             return prompt, answers
         answers = [[{"role": "assistant", "content": text}] for text in answers]
     elif not all(isinstance(answer, (list, dict)) and answer for answer in answers):
-        kinds = sorted({"missing" if answer is None else type(answer).__name__ for answer in answers})
-        raise Useless(f"an answer is {', '.join(kinds)}: not text or turns")
+        raise Useless(_unfit(answers))
     answers = [_turns(answer) for answer in answers]
-    if any(len(turns) > 1 and turns[0].get("role") != "assistant" for turns in answers):  # the whole chat in each
+    if any(len(turns) > 1 and _role(turns[0]) not in ("assistant", None) for turns in answers):  # whole chats
         shared = _shared(answers)
-        answers, prompt = [turns[len(shared) :] for turns in answers], shared or None
+        answers, prompt = [turns[len(shared) :] for turns in answers], shared and _system(row) + shared
     if not prompt:
         raise Useless("no prompt")
     return (_user(prompt) if isinstance(prompt, str) else prompt), answers
 
 
+def _check_prompt(prompt: Any) -> None:
+    """Raises Useless for turns that are answered already, or ask nothing."""
+    last = prompt[-1] if isinstance(prompt, list) else None
+    if _role(last) == "assistant":
+        raise Useless("the prompt ends with an assistant turn")
+    if _role(last) == "user" and not text_of([last]).strip():
+        raise Useless("the prompt asks nothing")
+
+
 def _check(prompt: Any, answers: list[Any]) -> None:
     """Raises Useless for a prompt that asks nothing, or an answer that says nothing."""
+    _check_prompt(prompt)
     for answer in answers:
         problem = problem_of({"prompt": prompt, "completion": answer})
         if problem:
             raise Useless(problem)
         if isinstance(answer, list) and any(t["role"] == "user" for t in answer):
             raise Useless("a user turn in an answer")
-    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        raise Useless("the prompt ends with an assistant turn")
 
 
 def text_of(answer: Any) -> str:
@@ -109,13 +141,13 @@ def _pair(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _labelled(row: dict[str, Any]) -> dict[str, Any]:
-    if "completion" in row:
-        prompt, (completion,) = _with_prompt(row, [row["completion"]])
-    elif isinstance(row.get("messages"), list) and len(row["messages"]) > 1:
-        turns = _turns(row["messages"])
+    if "completion" not in row and isinstance(row.get("messages"), list):
+        turns = _system(row) + _turns(row["messages"])
         prompt, completion = turns[:-1], turns[-1:]
+        if not prompt:
+            raise Useless("no prompt")
     else:
-        raise Useless("no prompt")
+        prompt, (completion,) = _with_prompt(row, [row.get("completion")])
     _check(prompt, [completion])
     label = row.get("label")
     if label not in (True, False):  # 0 and 1 are among them
@@ -143,14 +175,17 @@ def _ranked(row: dict[str, Any]) -> dict[str, Any]:
 
 def _prompt(row: dict[str, Any]) -> dict[str, Any]:
     prompt = prompt_of(row)
-    if isinstance(prompt, list) and prompt[-1].get("role") == "assistant":  # a chat: its last answer is the gold one
+    if isinstance(prompt, list) and _role(prompt[-1]) == "assistant":  # a chat: its last answer is the gold one
         row = {"answer": prompt[-1].get("content")} | row
         prompt = prompt[:-1]
     if not prompt:
         raise Useless("no prompt")
+    _check_prompt(prompt)
     if isinstance(prompt, list) and (problem := problem_of({"messages": [*prompt, *_ANY]})):
         raise Useless(problem)
-    used = {"prompt", "conversations", "messages", "system", *QUESTIONS, "input"}
+    used = {"prompt", "conversations", "messages", "system"}
+    if not used & set(row) - {"system"}:  # beside a prompt a question is a column like any other
+        used |= {*QUESTIONS, "input"} | ({"history"} if "instruction" in row else set())
     return {"prompt": prompt} | {key: value for key, value in row.items() if key not in used}
 
 
@@ -158,7 +193,8 @@ _ANY = [{"role": "assistant", "content": "."}]
 
 
 def _is_pair(row: dict[str, Any]) -> bool:
-    return "chosen" in row and "rejected" in row
+    """Also one that lacks an answer, which is told so."""
+    return "chosen" in row or "rejected" in row
 
 
 def as_pairs(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -209,10 +245,10 @@ KINDS: dict[str, tuple[Callable[[dict[str, Any]], Iterator[dict[str, Any]]], tup
 
 
 def is_of_kind(row: dict[str, Any], kind: str) -> bool:
-    """Whether the columns are those of that kind at all: else every row is refused, and one line says it."""
+    """Whether the columns, some of them empty, are of that kind: else every row is refused, and one line says it."""
     if kind == "prompts":
         return bool({"prompt", "messages", "conversations", *QUESTIONS} & set(row))
-    if _is_pair(row):
+    if {"chosen", "rejected"} <= set(row):
         return True
     if kind == "labelled":
         return "label" in row and bool({"completion", "messages"} & set(row))
