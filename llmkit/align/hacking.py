@@ -203,8 +203,8 @@ def _gold(now: dict[str, Any], start: dict[str, float]) -> Found:
     if gold is None or proxy is None or not (gold[2] < 0 and gold[0] <= -0.02 and proxy[0] >= 0):
         return []
     reason = (
-        f"on held-out prompts gold fell by {-gold[0]:.3f} since step {now.get('best_step', 0)} (95 %: {-gold[2]:.3f} to "
-        f"{-gold[1]:.3f}) while the reward rose by {proxy[0]:.3f}; look at hacked.jsonl, and mend the reward"
+        f"on held-out prompts gold fell by {-gold[0]:.3f} since step {now.get('best_step', 0)} "
+        f"(95 %: {-gold[2]:.3f} to {-gold[1]:.3f}) while the reward rose by {proxy[0]:.3f}; look at hacked.jsonl, and mend the reward"
     )
     return [("gold-falls", reason)]
 

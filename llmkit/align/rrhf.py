@@ -56,15 +56,15 @@ def rrhf_loss(
     """rank_weight * L_rank + L_ft (Yuan et al. 2023, equations 1 to 4), in nats, and what is logged.
 
     token_logps (N, T): log-probability of every token; mask (N, T): 1 on answer tokens. p is their mean over an answer.
-    L_ft: -log-probability of the best answer of each prompt, per token of it, where the paper has the sum over the
-    answer: a long best answer would outweigh the ranking.
+    L_ft: -log-probability of the best answer of each prompt, summed over its tokens. Divided by its length it would be
+    too weak: the ranking alone unlearns whole answers (recipes/LOG.md). Both are means over the prompts.
     """
     lengths = mask_NT.sum(1)
     sums = (token_logps_NT * mask_NT).sum(1)
     logps = sums / lengths
     ranking, in_order, margin = rank_loss(logps, scores_N, group_N)
     best = best_answers(scores_N, group_N)
-    likelihood = -logps[best].mean()
+    likelihood = -sums[best].mean()
     told = {
         "ranking": ranking.detach(),
         "nll": likelihood.detach(),

@@ -292,4 +292,4 @@ def test_every_kind_comes_once_and_one_does_not_hide_another():
 def test_reasons_say_what_was_found():
     found = Alarms().look({"hack/selection": -5.0, "gold_change": (-0.2, -0.3, -0.1), "proxy_change": (0.25, 0, 1)})
     assert "z -5.0" in found[0][1]
-    assert "gold fell by 0.200 (95 %: 0.100 to 0.300) while the reward rose by 0.250" in found[1][1]
+    assert "gold fell by 0.200 since step 0 (95 %: 0.100 to 0.300) while the reward rose by 0.250" in found[1][1]

@@ -155,10 +155,12 @@ def lines(folder, name):
 def test_before_the_first_step_nothing_has_changed(tmp_path):
     it, *_ = stub(tmp_path / "run")
     start = json.loads((tmp_path / "run" / "monitor.json").read_text())
-    assert len(start["answers"]) == len(start["logps"]) == 3 and len(start["gold_items"]) == 3
-    assert it.last["eval_kl"] == 0 and it.last["eval_proxy"] == -it.last["eval_gold"] == it.last["eval_rewards/long"]
+    assert len(start["answers"]) == len(start["logps"]) == 3 and len(start["bests"][0]["gold"]) == 3
+    assert (
+        it.last["eval_kl"] == 0 and it.last["eval_proxy"] == -it.last["eval_gold"] == it.last["eval_rewards/long/mean"]
+    )
     assert start["figures"]["eval_kl"] == 0
-    assert it.measure(it.job.trainer.model)["gold_change"] == (0, 0, 0)
+    assert it.measure(it.job.trainer.model, 0)["gold_change"] == (0, 0, 0)
     assert lines(tmp_path / "run", "metrics.jsonl")[0]["eval_kl"] == 0
     assert not lines(tmp_path / "run", "alerts.jsonl")
 
@@ -170,7 +172,24 @@ def test_kl_is_the_mean_of_k3_and_above_0_for_another_model(tmp_path):
         for (prompt, answer), before in zip(it.start["answers"], it.start["logps"], strict=True):
             ratios += [new - old for new, old in zip(alone(other, prompt, answer), before, strict=True)]
         expected = sum(np.exp(r) - 1 - r for r in ratios) / len(ratios)
-        assert it.measure(other)["eval_kl"] == pytest.approx(expected, rel=1e-4) and expected > 0.1
+        assert it.measure(other, 0)["eval_kl"] == pytest.approx(expected, rel=1e-4) and expected > 0.1
+
+
+def test_changes_are_against_the_evaluation_at_which_gold_was_best_so_far(tmp_path, monkeypatch):
+    """Gold of three held-out prompts is 9 at step 2 and -99 at step 4; a run that goes on after step 1 knows neither."""
+    it, *_ = stub(tmp_path / "run")
+    assert [best["step"] for best in it.start["bests"]] == [0]
+    for step, value in ((2, 9.0), (4, -99.0)):
+        monkeypatch.setattr(
+            "llmkit.align.monitor.score", lambda rewards, rows, texts, v=value: {r.name: np.full(3, v) for r in rewards}
+        )
+        figures = it.measure(it.job.trainer.model, step)
+    assert [best["step"] for best in it.start["bests"]] == [0, 2] and figures["best_step"] == 2
+    assert figures["gold_change"][0] == -108
+    it._save()
+    again, *_ = stub(tmp_path / "other")
+    again._go_on(tmp_path / "run" / "monitor.json", 1)
+    assert [best["step"] for best in again.start["bests"]] == [0]
 
 
 def test_measuring_uses_up_no_random_number_and_leaves_the_mode(tmp_path):
@@ -242,7 +261,7 @@ def test_a_run_that_goes_on_is_measured_against_the_same_and_raises_nothing_twic
     it, *_ = stub(tmp_path / "run", step=2)
     assert it.start == json.loads(written) and it.alarms.start == first.alarms.start
     assert it.alarms.start["hack/length"] == 2.5 and it.alarms.raised == {"reward-opposes-gold"}
-    assert it.measure(it.job.trainer.model) == first.measure(first.job.trainer.model)
+    assert it.measure(it.job.trainer.model, 0) == first.measure(first.job.trainer.model, 0)
     see(it, 3), see(it, 4, longer=3)
     alerts = lines(tmp_path / "run", "alerts.jsonl")
     assert [(row["step"], row["kind"]) for row in alerts] == [(2, "reward-opposes-gold"), (4, "longer-answers")]

@@ -43,7 +43,7 @@ def by_hand(model, rows, rank_weight):
         means = [total / len(answer) for total, answer in zip(sums, row["completion_ids"], strict=True)]
         gaps = [means[j] - means[i] for i, a in enumerate(row["scores"]) for j, b in enumerate(row["scores"]) if a < b]
         ranking.append(sum(max(0.0, -gap) for gap in gaps))
-        likelihood.append(-means[row["scores"].index(max(row["scores"]))])
+        likelihood.append(-sums[row["scores"].index(max(row["scores"]))])
         losses.append(rank_weight * ranking[-1] + likelihood[-1])
         margins += gaps
     figures = {
@@ -98,10 +98,10 @@ def test_loss_by_hand_of_answers_of_different_lengths():
     mask = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 0, 0], [1, 1, 1], [1, 1, 0]]).bool()
     # sums -4, -3, -2, -9, -3; means -4/3, -3/2, -2, -3, -3/2: every better answer is likelier but for none
     loss, told = rrhf_loss(logps, mask, SCORES, GROUP, rank_weight=2.0)
-    assert loss.item() == pytest.approx((4 / 3 + 3 / 2) / 2)
+    assert loss.item() == pytest.approx((4 + 3) / 2)
     expected = {
         "ranking": 0.0,
-        "nll": (4 / 3 + 3 / 2) / 2,
+        "nll": (4 + 3) / 2,
         "rewards/accuracies": 1.0,
         "rewards/margins": (1 / 6 + 1 / 2 + 3 / 2) / 3,
         "logps/chosen": (-4 - 3) / 2,
@@ -111,7 +111,7 @@ def test_loss_by_hand_of_answers_of_different_lengths():
     # the other way round (scores 5, 2, 2 of the second prompt): 3 pairs, two of them wrong by 1/2 and by 0
     loss, told = rrhf_loss(logps, mask, torch.tensor([0.0, 1.0, 2.0, 5.0, 2.0]), GROUP, rank_weight=2.0)
     assert told["ranking"].item() == pytest.approx((1 / 6 + 1 + 3 / 2) / 2)
-    assert loss.item() == pytest.approx(2 * (1 / 6 + 1 + 3 / 2) / 2 + (3 / 2 + 3) / 2)
+    assert loss.item() == pytest.approx(2 * (1 / 6 + 1 + 3 / 2) / 2 + (3 + 9) / 2)
 
 
 def test_gradients_are_those_of_finite_differences():
