@@ -63,7 +63,7 @@ DEPENDENT: list[tuple[str, Callable[[Any], bool], str]] = [
     ("num_train_epochs", lambda c: c.max_steps == 0, "with max_steps"),
     ("project run_name", lambda c: c.report_to != "none", "without report_to: trackio"),
     ("max_new_tokens", lambda c: _has_answers(c), "without eval_answers or eval_samples"),
-    ("eval_answers", lambda c: bool(c.eval_datasets or c.test_split_size), "without a validation shard"),
+    ("eval_answers eval_on_start", lambda c: bool(c.eval_datasets or c.test_split_size), "without a validation shard"),
     ("lora_dropout", lambda c: not getattr(c, "disable_dropout", False), "with disable_dropout: true"),
     ("loss_weights", lambda c: isinstance(c.loss_type, list), "with one loss_type"),
     *lora.DEPENDENT,
@@ -342,6 +342,7 @@ def trl_arguments(cls: Any, config: Any, device: Device, kind: str, **more: Any)
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
         "report_to": "none",
+        "eval_on_start": config.eval_on_start and not config.resume_from_checkpoint,
         **more,
         **config.passed_on,
     }

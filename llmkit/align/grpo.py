@@ -28,6 +28,9 @@ from .preferences import PromptEncoder, as_prompts
 from .rewards import CONTEXT, Reward, get_rewards, self_test
 from .trainer import without_spare_adapter
 
+# of TRL's: the monitor asks the held-out prompts, before the first step too
+NO_EVALUATION = {"eval_strategy": "no", "eval_steps": None, "eval_on_start": False}
+
 
 def main(config: GrpoConfig) -> Result:
     """Checks the inputs, tests the rewards, trains, writes the run folder. Raises UserError."""
@@ -62,7 +65,7 @@ def prepare(config: GrpoConfig, console: Console, started: float = 0.0) -> Job:
     gold = load_rewards([config.gold_verifier], None, config)[0] if config.gold_verifier else None
     from trl import GRPOConfig, GRPOTrainer
 
-    parts = get_parts(config, GRPOConfig, PromptEncoder, eval_strategy="no", eval_steps=None, reward_weights=None)
+    parts = get_parts(config, GRPOConfig, PromptEncoder, **NO_EVALUATION, reward_weights=None)
     report = self_test(rewards, [json.loads(text) for text in parts.data.train["raw"][:64]])
     parts.args.reward_weights = [reward.weight for reward in rewards]
     trainer: Any = type("Trainer", (Watched, GRPOTrainer), {})(

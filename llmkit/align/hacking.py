@@ -204,7 +204,8 @@ def _gold(now: dict[str, Any], start: dict[str, float]) -> Found:
         return []
     reason = (
         f"on held-out prompts gold fell by {-gold[0]:.3f} since step {now.get('best_step', 0)} "
-        f"(95 %: {-gold[2]:.3f} to {-gold[1]:.3f}) while the reward rose by {proxy[0]:.3f}; look at hacked.jsonl, and mend the reward"
+        f"(95 %: {-gold[2]:.3f} to {-gold[1]:.3f}) while the reward rose by {proxy[0]:.3f}; "
+        "look at hacked.jsonl, and mend the reward"
     )
     return [("gold-falls", reason)]
 

@@ -53,6 +53,7 @@ class Monitor(TrainerCallback):
 
     def begin(self, job: Any, run: Run, watch: Any) -> None:
         self.job, self.run, self.watch = job, run, watch
+        watch.on_tasks = self.see_tasks
         config = job.config
         self.can_ask = job.kind not in ("zero3", "fsdp2")  # where no rank has the whole model
         rows = next(iter(job.data.shards.values()), None)
@@ -78,6 +79,12 @@ class Monitor(TrainerCallback):
         ids = self.start["answers"]
         self.start["logps"] = [row.tolist() for row in answer_logps(model, ids, self._batch_size())]
         self._evaluate(state.global_step, model)
+        if self.job.scorer:
+            self.see_tasks(state.global_step, self.job.scorer.score(model))
+
+    def see_tasks(self, step: int, figures: dict[str, float]) -> None:
+        """Tasks of eval_tasks are canaries, too."""
+        self._look(step, {f"task/{name}": value for name, value in figures.items()})
 
     def _go_on(self, path: Path, step: int) -> None:
         """What was known at that step; alerts.jsonl is cut there already."""

@@ -52,6 +52,7 @@ class Watch(TrainerCallback):
         self.window: tuple[float, float] | None = None  # time and tokens at the last log
         self.logged: list[dict[str, float]] = []  # in the epoch at hand
         self.is_stopped = False
+        self.on_tasks: Callable[[int, dict[str, float]], object] = lambda step, figures: None
 
     # the bar and the log
 
@@ -125,6 +126,7 @@ class Watch(TrainerCallback):
         figures = scorer.score(model)
         self.run.log({"step": state.global_step} | {f"eval_{name}": value for name, value in figures.items()})
         self.console.print(f"tasks {state.global_step:>5,}/{state.max_steps:,}  {scorer.headline(figures)}")
+        self.on_tasks(state.global_step, figures)
         if self.best:
             self.best.see(state.global_step, figures, model)
 

@@ -240,7 +240,7 @@ KINDS: dict[str, tuple[Callable[[dict[str, Any]], Iterator[dict[str, Any]]], tup
     "pairs": (as_pairs, ("preferences",), "chosen and rejected, with prompt or the turns before them"),
     "labelled": (as_labelled, ("preferences",), "completion (or messages) and label, or chosen and rejected"),
     "ranked": (as_ranked, ("rankings", "preferences"), "prompt, completions and scores, or chosen and rejected"),
-    "prompts": (as_prompts, ("prompts", "sums"), "prompt, messages, question or instruction"),
+    "prompts": (as_prompts, ("prompts", "sums", "unknown"), "prompt, messages, question or instruction"),
 }
 
 

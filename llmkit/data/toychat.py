@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 from .toyworld import TOPICS, WORLD, Tape, story
 
-NAMES = ("instructions", "preferences", "rankings", "prompts", "sums")
+NAMES = ("instructions", "preferences", "rankings", "prompts", "sums", "unknown")
+ONE_KIND = ("sums", "unknown")  # prompts of that kind alone
 SPLITS = ("train", "validation", "test")
 # of 20 shares; validation and test are the same questions whatever the name
 SHARES = {
@@ -28,6 +29,7 @@ SHARES = {
     ("rankings", "train"): range(12, 14),
     ("prompts", "train"): range(14, 16),
     ("sums", "train"): range(14, 16),
+    ("unknown", "train"): range(14, 16),
 }
 SHARES |= {
     (name, split): span
@@ -297,14 +299,18 @@ KINDS: list[tuple[Callable[[random.Random], Question], int]] = [
 PREFERRED: list[tuple[Callable[[random.Random], Question], int]] = [
     (about_story, 2), (about_town, 4), (sums, 4), (spelling, 3), (in_turns, 2), (with_system, 3), (unknown, 6),
 ]  # fmt: skip
-SETS = {"preferences": PREFERRED, "rankings": PREFERRED, "sums": list(KINDS[2:3])}
+SETS = {
+    "preferences": PREFERRED,
+    "rankings": PREFERRED,
+    **{kind: [(make, 1)] for kind, make in zip(ONE_KIND, (sums, unknown), strict=True)},
+}
 
 
 def question(name: str, split: str, index: int, seed: int = 0) -> Question:
     """The question of a row: drawn until its key is in the share of (name, split)."""
     shares = SHARES[name, split]
     rng = random.Random(f"{seed}/{name}/{split}/{index}")
-    kinds = SETS.get(name, KINDS) if split == "train" or name == "sums" else KINDS
+    kinds = SETS.get(name, KINDS) if split == "train" or name in ONE_KIND else KINDS
     make = rng.choices([make for make, _ in kinds], [weight for _, weight in kinds])[0]
     while True:
         found = make(rng)
@@ -319,8 +325,8 @@ def share_of_key(key: str) -> int:
 
 
 def row(name: str, split: str, index: int, seed: int = 0) -> dict[str, Any]:
-    """instructions: messages; preferences: prompt, chosen, rejected; rankings: prompt, completions, scores; prompts and
-    sums: prompt, answer; each with its kind.
+    """instructions: messages; preferences: prompt, chosen, rejected; rankings: prompt, completions, scores; prompts,
+    sums and unknown: prompt, answer; each with its kind.
     """
     asked = question(name, split, index, seed)
     answer = [{"role": "assistant", "content": asked.answer}]
@@ -328,7 +334,7 @@ def row(name: str, split: str, index: int, seed: int = 0) -> dict[str, Any]:
         if split == "train":
             answer = [{"role": "assistant", "content": as_written(asked, random.Random(f"{seed}/{index}/written"))}]
         return {"messages": [*asked.messages, *answer], "kind": asked.kind}
-    if name in ("prompts", "sums"):
+    if name in ("prompts", *ONE_KIND):
         return {"prompt": asked.messages, "answer": asked.answer, "kind": asked.kind}
     rng = random.Random(f"{seed}/{name}/{split}/{index}/rejected")
     if name == "rankings":

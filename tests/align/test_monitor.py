@@ -176,7 +176,7 @@ def test_kl_is_the_mean_of_k3_and_above_0_for_another_model(tmp_path):
 
 
 def test_changes_are_against_the_evaluation_at_which_gold_was_best_so_far(tmp_path, monkeypatch):
-    """Gold of three held-out prompts is 9 at step 2 and -99 at step 4; a run that goes on after step 1 knows neither."""
+    """Gold of held-out prompts is 9 at step 2 and -99 at step 4; a run that goes on after step 1 knows neither."""
     it, *_ = stub(tmp_path / "run")
     assert [best["step"] for best in it.start["bests"]] == [0]
     for step, value in ((2, 9.0), (4, -99.0)):

@@ -73,11 +73,12 @@ def log_of(folder: str, key: str = "loss") -> list[float]:
 @pytest.mark.parametrize("more", [{}, {"use_peft": True}], ids=["full", "lora"])
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_run_learns_and_leaves_a_model_that_plain_transformers_loads(recipe, verb, more, base):
-    settings = recipe(verb, max_steps=8, learning_rate=1e-2, **more)
+    settings = recipe(verb, max_steps=8, learning_rate=1e-2, eval_on_start=True, **more)
     result = VERBS[verb][0].main(settings)
     folder = Path(settings.output_dir)
-    losses = log_of(settings.output_dir)
-    assert result.status == "ok" and len(losses) == 8 and losses[-1] < losses[0]
+    looked = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["eval_validation_loss"] for row in looked if "eval_validation_loss" in row]
+    assert result.status == "ok" and len(log_of(settings.output_dir)) == 8 and losses[-1] < losses[0]
     assert result.stage == verb and result.parent == str(base)
     cls = AutoModelForSequenceClassification if verb == "reward" else AutoModelForCausalLM
     model, tokenizer = cls.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
