@@ -198,6 +198,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`", module="peft.*")
     warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast", module="bitsandbytes.*")
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    for verb in ("enable", "disable"):  # TRL, around every forward pass of the reference
+        said = f"`gradient_checkpointing_{verb}` is deprecated"
+        warnings.filterwarnings("ignore", message=said, category=FutureWarning)
 
 
 def versions() -> dict[str, str]:

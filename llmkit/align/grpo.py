@@ -29,7 +29,7 @@ from .rewards import CONTEXT, Reward, get_rewards, self_test
 from .trainer import without_spare_adapter
 
 # of TRL's: the monitor asks the held-out prompts, before the first step too
-NO_EVALUATION = {"eval_strategy": "no", "eval_steps": None, "eval_on_start": False}
+NO_EVALUATION: dict[str, Any] = {"eval_strategy": "no", "eval_steps": None, "eval_on_start": False}
 
 
 def main(config: GrpoConfig) -> Result:

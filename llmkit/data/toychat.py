@@ -299,10 +299,11 @@ KINDS: list[tuple[Callable[[random.Random], Question], int]] = [
 PREFERRED: list[tuple[Callable[[random.Random], Question], int]] = [
     (about_story, 2), (about_town, 4), (sums, 4), (spelling, 3), (in_turns, 2), (with_system, 3), (unknown, 6),
 ]  # fmt: skip
-SETS = {
+SETS: dict[str, list[tuple[Callable[[random.Random], Question], int]]] = {
     "preferences": PREFERRED,
     "rankings": PREFERRED,
-    **{kind: [(make, 1)] for kind, make in zip(ONE_KIND, (sums, unknown), strict=True)},
+    "sums": [(sums, 1)],
+    "unknown": [(unknown, 1)],
 }
 
 

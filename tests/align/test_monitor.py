@@ -127,7 +127,7 @@ def stub(folder, step=0, **settings):
     trainer = SimpleNamespace(accelerator=SimpleNamespace(unwrap_model=lambda m: m), state=state, model=it)
     job = SimpleNamespace(
         config=config, kind="single", tokenizer=tokenizer, trainer=trainer, console=Console(quiet=True),
-        data=SimpleNamespace(shards={"held": rows}, train=rows),
+        data=SimpleNamespace(shards={"held": rows}, train=rows), scorer=None,
     )  # fmt: skip
     # longer answers earn more; gold wants them short
     found = Monitor([reward("long", len)], reward("short", lambda text: -len(text)))
@@ -190,6 +190,15 @@ def test_changes_are_against_the_evaluation_at_which_gold_was_best_so_far(tmp_pa
     again, *_ = stub(tmp_path / "other")
     again._go_on(tmp_path / "run" / "monitor.json", 1)
     assert [best["step"] for best in again.start["bests"]] == [0]
+
+
+def test_tasks_are_canaries(tmp_path):
+    it, *_ = stub(tmp_path / "run")
+    for step, recall in ((0, 0.9), (2, 0.81), (4, 0.79)):
+        it.see_tasks(step, {"recall": recall})
+    raised = lines(tmp_path / "run", "alerts.jsonl")
+    assert [(row["step"], row["kind"]) for row in raised] == [(4, "canary")]
+    assert raised[0]["message"] == "recall fell from 0.90 to 0.79"
 
 
 def test_measuring_uses_up_no_random_number_and_leaves_the_mode(tmp_path):
