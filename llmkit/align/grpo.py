@@ -23,6 +23,7 @@ from ..config import UserError
 from ..run import Result, Run, resolve_model_dir
 from ..tuning import GrpoConfig
 from .job import Figures, Job, get_parts, make_job, run
+from .lora import grow_embeddings
 from .monitor import Monitor
 from .preferences import PromptEncoder, as_prompts
 from .rewards import CONTEXT, Reward, get_rewards, self_test
@@ -62,6 +63,11 @@ def prepare(config: GrpoConfig, console: Console, started: float = 0.0) -> Job:
     if config.gold_prompts != GrpoConfig().gold_prompts and not (config.eval_datasets or config.test_split_size):
         raise UserError(f"gold_prompts={config.gold_prompts} has no effect without eval_datasets; remove it")
     rewards = load_rewards(config.reward_funcs, config.reward_weights, config)
+    if config.gold_verifier in config.reward_funcs:
+        raise UserError(
+            f"gold_verifier={config.gold_verifier!r} is among reward_funcs: what is optimised says nothing of its own "
+            "hacking; name another one, or none"
+        )
     gold = load_rewards([config.gold_verifier], None, config)[0] if config.gold_verifier else None
     from trl import GRPOConfig, GRPOTrainer
 
@@ -76,6 +82,10 @@ def prepare(config: GrpoConfig, console: Console, started: float = 0.0) -> Job:
         processing_class=parts.tokenizer,
     )
     without_spare_adapter(trainer)
+    if trainer.ref_model is not None:  # TRL reads it from the disk, where new tokens have no rows
+        grow_embeddings(
+            trainer.accelerator.unwrap_model(trainer.ref_model), parts.model.get_input_embeddings().weight.shape[0]
+        )
     trainer.monitor, trainer.gold = Monitor(rewards, gold), gold
     job = make_job("grpo", config, console, parts, trainer, finish, started, ["gold", "proxy"])
     job.notes += [f"{'rewards' if i == 0 else '':<10}{line}" for i, line in enumerate(report.lines())]

@@ -149,6 +149,26 @@ def test_the_adapter_learns_without_a_copy_of_itself(recipe):
     assert any(row.get("kl") is not None for row in lines(settings.output_dir))
 
 
+def test_the_reference_of_a_kl_penalty_knows_the_new_tokens(recipe, tmp_path):
+    """A base whose tokenizer has no chat tokens: rows are added to the model, and to the reference that TRL loads."""
+    bare = tmp_path / "bare"
+    tokenizer = tiny.bpe_tokenizer(chat=False)
+    tokenizer.save_pretrained(bare)
+    names = json.loads((bare / "tokenizer.json").read_text())
+    names["added_tokens"] = [t for t in names["added_tokens"] if not t["content"].startswith("<|im_")]
+    vocab = names["model"]["vocab"]
+    names["model"]["vocab"] = {t: i for t, i in vocab.items() if not t.startswith("<|im_")}
+    (bare / "tokenizer.json").write_text(json.dumps(names))
+    said = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "pad_token": "<pad>"}
+    (bare / "tokenizer_config.json").write_text(json.dumps(said))
+    tiny.llama(eos_token_id=2, vocab_size=len(tokenizer)).save_pretrained(bare)  # the ids of the two are free
+    job = grpo.prepare(changed(recipe, model_name_or_path=str(bare), beta=0.1), make_console())
+    size = job.trainer.model.get_input_embeddings().weight.shape[0]
+    assert job.trainer.ref_model.get_input_embeddings().weight.shape[0] == size == len(tokenizer) + 2
+    result = grpo.main(changed(recipe, model_name_or_path=str(bare), beta=0.1, max_steps=1))
+    assert result.status == "ok" and next(row for row in lines(recipe.output_dir) if row.get("kl") is not None)
+
+
 def test_a_reward_against_gold_raises_the_alarm_and_ends_the_run_where_asked(recipe, rows, monkeypatch):
     """Gold: few words; the reward: many."""
     settings = changed(
@@ -184,7 +204,10 @@ def test_a_reward_model_is_a_reward(recipe, base, tmp_path):
     alone = [rewards[1](prompts=prompt[:1], completions=[text])[0] for text in said]
     assert np.allclose(values, alone, atol=1e-5) and values[0] == pytest.approx(values[2], abs=1e-6)
     both = ["exact_answer", str(tmp_path / "judge")]
-    assert grpo.main(changed(recipe, reward_funcs=both, reward_weights=[8, 1], max_steps=1)).status == "ok"
+    assert (
+        grpo.main(changed(recipe, reward_funcs=both, reward_weights=[8, 1], gold_verifier=None, max_steps=1)).status
+        == "ok"
+    )
     assert "rewards/judge/mean" in next(row for row in lines(recipe.output_dir) if "reward" in row)
 
 
@@ -217,6 +240,7 @@ def refusal(settings: GrpoConfig) -> str:
         ({"reward_funcs": [{"length": {"is_penalty": True}}]}, "cannot tell a right answer from an empty one"),
         ({"gold_prompts": 5, "eval_datasets": []}, "gold_prompts=5 has no effect without eval_datasets"),
         ({"temperature": 0.0}, "temperature=0.0; allowed: above 0"),
+        ({"reward_funcs": ["exact_answer"]}, "gold_verifier='exact_answer' is among reward_funcs"),
         ({"max_completion_length": 128}, "longer than max_length - max_completion_length=0"),
     ],
 )
