@@ -154,14 +154,9 @@ def test_the_reference_of_a_kl_penalty_knows_the_new_tokens(recipe, tmp_path):
     bare = tmp_path / "bare"
     tokenizer = tiny.bpe_tokenizer(chat=False)
     tokenizer.save_pretrained(bare)
-    names = json.loads((bare / "tokenizer.json").read_text())
-    names["added_tokens"] = [t for t in names["added_tokens"] if not t["content"].startswith("<|im_")]
-    vocab = names["model"]["vocab"]
-    names["model"]["vocab"] = {t: i for t, i in vocab.items() if not t.startswith("<|im_")}
-    (bare / "tokenizer.json").write_text(json.dumps(names))
-    said = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "pad_token": "<pad>"}
-    (bare / "tokenizer_config.json").write_text(json.dumps(said))
-    tiny.llama(eos_token_id=2, vocab_size=len(tokenizer)).save_pretrained(bare)  # the ids of the two are free
+    for path in bare.glob("*.json"):
+        path.write_text(path.read_text().replace("<|im_start|>", "<|other|>").replace("<|im_end|>", "<|another|>"))
+    tiny.llama(eos_token_id=2, vocab_size=len(tokenizer)).save_pretrained(bare)
     job = grpo.prepare(changed(recipe, model_name_or_path=str(bare), beta=0.1), make_console())
     size = job.trainer.model.get_input_embeddings().weight.shape[0]
     assert job.trainer.ref_model.get_input_embeddings().weight.shape[0] == size == len(tokenizer) + 2
