@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 
 
 class _Sweep:
@@ -108,7 +109,7 @@ class ByRow(_Sweep):
                 weight = self._weight(key, batch) if counts else 0.0
                 sums[key] += value * weight
                 weights[key] += weight
-        names = sorted(weights)
+        names = sorted(set(gather_object(list(weights))))  # a rank may have had no bad answer
         both = torch.tensor([[sums[n] for n in names], [weights[n] for n in names]], device=self.args.device)
         totals, counted = self.accelerator.reduce(both).tolist()
         return {name: total / count for name, total, count in zip(names, totals, counted, strict=True) if count}

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-from llmkit import cli
+from llmkit import cli, config
 from llmkit.align import grpo, reward_model
 from llmkit.align.grpo import check_batches, load_rewards
 from llmkit.align.job import make_console
@@ -271,8 +273,6 @@ def test_batches_of_several_processes_count(recipe, monkeypatch):
 
 
 def test_settings_of_vllm_pass_through(recipe, tmp_path):
-    from llmkit import config
-
     (tmp_path / "grpo.yaml").write_text(config.dump(recipe) + "vllm_mode: colocate\nvllm_gpu_memory_utilization: 0.4\n")
     settings = config.load(GrpoConfig, [str(tmp_path / "grpo.yaml")], "grpo")
     args = grpo.prepare(settings, make_console()).trainer.args
@@ -286,8 +286,19 @@ def test_the_self_test_is_shown_before_the_first_step(recipe, capsys):
 
 
 def test_the_front_desk_runs_it(recipe, tmp_path, monkeypatch):
-    from llmkit import config
-
     (tmp_path / "grpo.yaml").write_text(config.dump(changed(recipe, max_steps=1, eval_steps=None)))
     assert cli.main(["grpo", str(tmp_path / "grpo.yaml")]) == 0
     assert (Path(recipe.output_dir) / "check.json").exists() and torch.is_grad_enabled()
+
+
+@pytest.mark.slow
+def test_two_processes_are_watched_as_one(recipe, tmp_path):
+    """Groups are dealt over both; the monitor sees all answers, and both end at the alarm."""
+    two = changed(recipe, num_processes=2, accelerate_config="cpu", skip_checks=True, per_device_train_batch_size=4)
+    (tmp_path / "grpo.yaml").write_text(config.dump(two))
+    command = [sys.executable, "-m", "llmkit", "grpo", str(tmp_path / "grpo.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    trained = [row for row in lines(two.output_dir) if "reward" in row]
+    assert len(trained) == 4 and all(row["hack/proxy"] == pytest.approx(row["reward"], abs=1e-5) for row in trained)
+    assert [row["step"] for row in lines(two.output_dir) if "eval_gold" in row] == [0, 2, 4]

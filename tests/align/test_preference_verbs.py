@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from llmkit import config
 from llmkit.align import dpo, kto, reward_model, rrhf
 from llmkit.align.job import make_console
 from llmkit.align.preflight import get_subject
@@ -307,3 +310,22 @@ def test_rows_of_another_verb_are_refused_in_one_line(recipe, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, tiny.chat_rows(4))))
     for verb, wanted in (("dpo", "chosen and rejected"), ("kto", "label"), ("rrhf", "scores")):
         assert wanted in refusal(verb, recipe(verb, data_dir=str(tmp_path)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["cpu", "zero2"])
+@pytest.mark.parametrize("verb", ["dpo", "rrhf", "reward"])
+def test_two_processes_have_the_losses_of_one(recipe, tmp_path, verb, engine):
+    one = recipe(verb)
+    VERBS[verb][0].main(one)
+    two = dataclasses.replace(
+        one, output_dir=str(tmp_path / "two"), per_device_train_batch_size=2, accelerate_config=engine,
+        num_processes=2, skip_checks=True,
+    )  # fmt: skip
+    (tmp_path / f"{verb}.yaml").write_text(config.dump(two))
+    command = [sys.executable, "-m", "llmkit", verb, str(tmp_path / f"{verb}.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert log_of(two.output_dir) == pytest.approx(log_of(one.output_dir), abs=1e-4, rel=1e-5)
+    found, expected = (json.loads((Path(c.output_dir) / "result.json").read_text())["metrics"] for c in (two, one))
+    assert found["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-4)
