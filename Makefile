@@ -90,7 +90,7 @@ reward-toy: $(VENV)/all runs/toy/sft/model  ## a reward model: which of two answ
 grpo-toy: $(VENV)/all runs/toy/sft/model  ## reinforcement on sums, watched for reward hacking
 	$(BIN)/llmkit grpo recipes/toy/grpo.yaml
 
-hack-toy: $(VENV)/all runs/toy/sft/model  ## the same with a reward that can be hacked: see the alarm
+hack-toy: $(VENV)/all runs/toy/dpo/model  ## from the DPO model, a reward that can be hacked: see the alarm
 	$(BIN)/llmkit grpo recipes/toy/grpo_hackable.yaml
 
 STAGES = $(shell for s in pretrain sft dpo kto rrhf grpo; do test -d runs/toy/$$s/model && echo runs/toy/$$s; done)
@@ -103,6 +103,9 @@ runs/toy/pretrain/model:
 
 runs/toy/sft/model:
 	$(MAKE) sft-toy
+
+runs/toy/dpo/model:
+	$(MAKE) dpo-toy
 
 generate-toy: $(VENV)/core  ## let the toy model write a document
 	$(BIN)/llmkit generate --model_name_or_path runs/toy/pretrain
