@@ -13,7 +13,7 @@ import tiny
 import torch
 from transformers import Trainer
 
-from llmkit.align import preflight, rows, sft
+from llmkit.align import job, preflight, rows
 from llmkit.align.trainer import ByToken
 from llmkit.check.subject import Subject
 from llmkit.data.template import CHATML
@@ -116,10 +116,9 @@ def cut_in_silence(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) ->
     if is_planted:
         label = rows.Labeller.__call__
 
-        def cut(self: Any, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+        def cut(self: Any, row: dict[str, Any]) -> dict[str, Any]:
             self.can_be_long = True
-            ids, labels = label(self, row)
-            return ids[:100], labels[:100]
+            return {name: ids[:100] for name, ids in label(self, row).items()}
 
         patch.setattr(rows.Labeller, "__call__", cut)
     return recipe(folder, given=[*tiny.chat_rows(12), *tiny.chat_rows(12, turns=3)], max_length=100)
@@ -181,7 +180,7 @@ def mean_of_means(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> 
 @plant("sft-adapter-frozen", caught_by="lora-gets-no-gradient", bug="O4", evidence="lora_")
 def adapter_frozen(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) -> Subject:
     """Half of the adapter is frozen before the trainer sees it."""
-    make = sft.get_model
+    make = job.get_model
 
     def frozen(*given: Any) -> Any:
         model, notes = make(*given)
@@ -190,7 +189,7 @@ def adapter_frozen(is_planted: bool, patch: pytest.MonkeyPatch, folder: Path) ->
                 module.scaling = {"default": 0.0}
         return model, notes
 
-    patch.setattr(sft, "get_model", frozen)
+    patch.setattr(job, "get_model", frozen)
     return recipe(folder, use_peft=True)
 
 
