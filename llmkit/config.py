@@ -42,6 +42,8 @@ RENAMED = {
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "per_device_batch_size": "per_device_train_batch_size",
     "lr": "learning_rate",
+    "max_prompt_length": "max_length (of prompt and answer together; a longer row is a bad row)",
+    "ref_model": "ref_model_name_or_path",
     "batch_size": "per_device_train_batch_size",
     "logging_dir": "output_dir (metrics.jsonl lies there)",
     "packing": "packing_strategy",
@@ -160,7 +162,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _unknown(key: str, known: list[str], verb: str) -> str:
-    if key in RENAMED:
+    if key in RENAMED and re.split(r"[:\s]", RENAMED[key])[0] in known:
         return f"key {key!r} has another name here; write {RENAMED[key]}"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"nearest: {near[0]!r}" if near else f"`llmkit help {verb}` lists all keys"
