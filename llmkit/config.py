@@ -42,8 +42,6 @@ RENAMED = {
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "per_device_batch_size": "per_device_train_batch_size",
     "lr": "learning_rate",
-    "max_prompt_length": "max_length (of prompt and answer together; a longer row is a bad row)",
-    "ref_model": "ref_model_name_or_path",
     "batch_size": "per_device_train_batch_size",
     "logging_dir": "output_dir (metrics.jsonl lies there)",
     "packing": "packing_strategy",
