@@ -180,7 +180,8 @@ class Monitor(TrainerCallback):
         figures: dict[str, Any] = self.measure(model, step)
         shown = {key: value for key, value in figures.items() if isinstance(value, float)}
         self.last = shown
-        self.run.log({"step": step} | shown)
+        seen = getattr(self.job.trainer.state, "num_input_tokens_seen", 0)  # the x of the report's curves
+        self.run.log({"step": step, "num_tokens": seen} | shown)
         names = ("eval_gold", "eval_proxy", "eval_kl", *(key for key in shown if key.startswith("canary/")))
         told = "  ".join(f"{name.removeprefix('eval_')} {shown[name]:.4f}" for name in names if name in shown)
         self.job.console.print(f"monitor {step:>3,}/{self.job.trainer.state.max_steps:,}  {told}")
