@@ -224,7 +224,7 @@ class GrpoConfig(TuningConfig):
     steps_per_generation: int | None = option(None, "forward passes per generation; null: gradient_accumulation_steps")
     num_iterations: int = option(1, "steps on the same answers")
     # the monitor
-    gold_verifier: str | None = option(
+    gold_verifier: str | dict | None = option(
         None, "a reward that is never optimised, named like one of reward_funcs: what the answers are really worth"
     )
     gold_prompts: int = option(128, "held-out prompts of eval_datasets that the monitor asks at every evaluation")

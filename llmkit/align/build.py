@@ -63,11 +63,20 @@ DEPENDENT: list[tuple[str, Callable[[Any], bool], str]] = [
     ("num_train_epochs", lambda c: c.max_steps == 0, "with max_steps"),
     ("project run_name", lambda c: c.report_to != "none", "without report_to: trackio"),
     ("max_new_tokens", lambda c: _has_answers(c), "without eval_answers or eval_samples"),
-    ("eval_answers eval_on_start", lambda c: bool(c.eval_datasets or c.test_split_size), "without a validation shard"),
+    ("eval_answers eval_on_start", lambda c: _has_shard(c), "without a validation shard"),
+    (
+        "eval_steps",
+        lambda c: _has_shard(c) or bool(c.eval_tasks) or hasattr(c, "gold_verifier"),
+        "without a validation shard or eval_tasks",
+    ),
     ("lora_dropout", lambda c: not getattr(c, "disable_dropout", False), "with disable_dropout: true"),
     ("loss_weights", lambda c: isinstance(c.loss_type, list), "with one loss_type"),
     *lora.DEPENDENT,
 ]
+
+
+def _has_shard(config: Any) -> bool:
+    return bool(config.eval_datasets or config.test_split_size)
 
 
 def _has_answers(config: Any) -> bool:
@@ -322,7 +331,9 @@ def trl_arguments(cls: Any, config: Any, device: Device, kind: str, **more: Any)
     saves = (
         {"save_strategy": "steps", "save_steps": config.save_steps} if config.save_steps else {"save_strategy": "no"}
     )
-    looks = {"eval_strategy": "steps", "eval_steps": config.eval_steps} if config.eval_steps else {}
+    looks = (
+        {"eval_strategy": "steps", "eval_steps": config.eval_steps} if config.eval_steps and _has_shard(config) else {}
+    )
     machine: dict[str, Any] = {"use_cpu": device.type == "cpu", "bf16": device.bf16}
     if device.type == "cpu" and kind == "ddp":
         machine["ddp_backend"] = "gloo"

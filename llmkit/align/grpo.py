@@ -10,6 +10,7 @@ advantages of a prompt's answers add up to 0. Leaves out making prompts, tools a
 import json
 import math
 import os
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +50,12 @@ def check_batches(config: GrpoConfig) -> None:
             f"(per_device_train_batch_size {config.per_device_train_batch_size} x {world} processes x {steps} forward "
             "passes); change one of them"
         )
-    per_generation = steps * config.num_iterations / config.gradient_accumulation_steps
-    if config.save_steps and per_generation > 1 and config.save_steps % per_generation:
+    steps = answers // (config.per_device_train_batch_size * world)
+    multiple = Fraction(steps * config.num_iterations, config.gradient_accumulation_steps).numerator
+    if config.save_steps and config.save_steps % multiple:
         raise UserError(
-            f"save_steps={config.save_steps}: answers are trained on for {per_generation:g} steps, and a run that goes "
-            f"on makes them anew; write a multiple of {math.ceil(per_generation)}"
+            f"save_steps={config.save_steps}: answers are trained on for several steps, and a run that goes on makes "
+            f"them anew; write a multiple of {multiple}"
         )
 
 
@@ -63,15 +65,21 @@ def prepare(config: GrpoConfig, console: Console, started: float = 0.0) -> Job:
     if config.gold_prompts != GrpoConfig().gold_prompts and not (config.eval_datasets or config.test_split_size):
         raise UserError(f"gold_prompts={config.gold_prompts} has no effect without eval_datasets; remove it")
     rewards = load_rewards(config.reward_funcs, config.reward_weights, config)
-    if config.gold_verifier in config.reward_funcs:
+    gold = load_rewards([config.gold_verifier], None, config)[0] if config.gold_verifier else None
+    if gold and gold.name in [reward.name for reward in rewards]:
         raise UserError(
             f"gold_verifier={config.gold_verifier!r} is among reward_funcs: what is optimised says nothing of its own "
             "hacking; name another one, or none"
         )
-    gold = load_rewards([config.gold_verifier], None, config)[0] if config.gold_verifier else None
     from trl import GRPOConfig, GRPOTrainer
 
     parts = get_parts(config, GRPOConfig, PromptEncoder, **NO_EVALUATION, reward_weights=None)
+    num_prompts = parts.args.generation_batch_size // config.num_generations
+    if len(parts.data.train) < num_prompts:
+        raise UserError(
+            f"datasets: {len(parts.data.train)} prompts, and a generation takes {num_prompts}; "
+            "lower per_device_train_batch_size, or raise num_generations"
+        )
     report = self_test(rewards, [json.loads(text) for text in parts.data.train["raw"][:64]])
     parts.args.reward_weights = [reward.weight for reward in rewards]
     trainer: Any = type("Trainer", (Watched, GRPOTrainer), {})(
@@ -87,7 +95,8 @@ def prepare(config: GrpoConfig, console: Console, started: float = 0.0) -> Job:
             trainer.accelerator.unwrap_model(trainer.ref_model), parts.model.get_input_embeddings().weight.shape[0]
         )
     trainer.monitor, trainer.gold = Monitor(rewards, gold), gold
-    job = make_job("grpo", config, console, parts, trainer, finish, started, ["gold", "proxy"])
+    figures = (["gold", "proxy"] if gold else ["proxy"]) if parts.data.shards else []
+    job = make_job("grpo", config, console, parts, trainer, finish, started, figures)
     job.notes += [f"{'rewards' if i == 0 else '':<10}{line}" for i, line in enumerate(report.lines())]
     if gold is None:
         job.notes.append("monitor   no gold_verifier: a reward that is hacked cannot be told from one that works")
@@ -130,7 +139,8 @@ class Watched:
 def finish(job: Job, run: Run, is_best: bool) -> Figures:
     """What the held-out prompts gave at the start and at the end."""
     monitor: Monitor = job.trainer.monitor
-    if is_best and run.is_main and monitor.can_ask:
+    is_old = is_best or monitor.last_step != job.trainer.state.global_step  # ended by an alarm in between
+    if is_old and run.is_main and monitor.can_ask:
         model = job.trainer.accelerator.unwrap_model(job.trainer.model)
         measured = monitor.measure(model, job.trainer.state.global_step)
         monitor.last = {key: value for key, value in measured.items() if isinstance(value, float)}
@@ -149,6 +159,8 @@ def load_rewards(entries: list[Any], weights: list[Any] | None, config: Any) -> 
     if not entries:
         raise UserError("reward_funcs is missing; name what is rewarded, e.g. reward_funcs: [exact_answer]")
     models = {i: name for i, name in enumerate(entries) if isinstance(name, str) and is_classifier(name)}
+    if weights is not None and not all(type(w) in (int, float) and math.isfinite(w) for w in weights):
+        raise UserError(f"reward_weights={weights!r}; allowed: numbers, one for each of reward_funcs, or null")
     plain = [entry for i, entry in enumerate(entries) if i not in models]
     if weights is not None and len(weights) != len(entries):
         raise UserError(
@@ -156,7 +168,13 @@ def load_rewards(entries: list[Any], weights: list[Any] | None, config: Any) -> 
         )
     of = list(weights) if weights is not None else [1.0] * len(entries)
     found = iter(get_rewards(plain, [of[i] for i in range(len(entries)) if i not in models]) if plain else [])
-    return [model_reward(models[i], float(of[i]), config) if i in models else next(found) for i in range(len(entries))]
+    rewards = [
+        model_reward(models[i], float(of[i]), config) if i in models else next(found) for i in range(len(entries))
+    ]
+    names = [reward.name for reward in rewards]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"reward_funcs: two of them would be logged as {twice[0]!r}; rename one, or its run folder")
+    return rewards
 
 
 def is_classifier(name: str) -> bool:
@@ -174,7 +192,7 @@ def model_reward(name: str, weight: float, config: Any) -> Reward:
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=config.trust_remote_code).eval()
     if torch.cuda.is_available() and not config.use_cpu:
-        model = model.to("cuda")
+        model = model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     model.config.pad_token_id = pad
 

@@ -47,6 +47,7 @@ class Monitor(TrainerCallback):
         self.worst: list[dict[str, Any]] = []  # of the last batch
         self.start: dict[str, Any] = {}  # monitor.json
         self.last: dict[str, float] = {}  # figures of the last evaluation
+        self.last_step: int | None = None
         self.is_alarmed = False
 
     # ---- before the first step
@@ -105,7 +106,9 @@ class Monitor(TrainerCallback):
 
     def _prompt_ids(self, prompt: Any) -> list[int]:
         tokenizer = self.job.tokenizer
-        return chat_ids(tokenizer, prompt) if isinstance(prompt, list) else list(tokenizer(prompt)["input_ids"])
+        if not isinstance(prompt, list):
+            return list(tokenizer(prompt)["input_ids"])
+        return chat_ids(tokenizer, prompt, **(self.job.config.passed_on.get("chat_template_kwargs") or {}))
 
     def _sample(self, model: Any) -> list[list[list[int]]]:
         """[prompt ids, answer ids] of answers sampled before the first step."""
@@ -179,7 +182,7 @@ class Monitor(TrainerCallback):
     def _evaluate(self, step: int, model: Any) -> None:
         figures: dict[str, Any] = self.measure(model, step)
         shown = {key: value for key, value in figures.items() if isinstance(value, float)}
-        self.last = shown
+        self.last, self.last_step = shown, step
         seen = getattr(self.job.trainer.state, "num_input_tokens_seen", 0)  # the x of the report's curves
         self.run.log({"step": step, "num_tokens": seen} | shown)
         names = ("eval_gold", "eval_proxy", "eval_kl", *(key for key in shown if key.startswith("canary/")))

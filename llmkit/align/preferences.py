@@ -172,8 +172,21 @@ class PromptEncoder(_Encoder):
 
 
 def as_prompts(rows: datasets.Dataset) -> datasets.Dataset:
-    """Prompts and the columns that rewards read, as TRL's GRPOTrainer takes them."""
-    return datasets.Dataset.from_list([json.loads(text) for text in rows["raw"]])
+    """Prompts and the columns that rewards read, as TRL's GRPOTrainer takes them; None where a row lacks one.
+
+    Raises UserError for a column that holds values of several kinds.
+    """
+    found = [json.loads(text) for text in rows["raw"]]
+    for key in (columns := list(dict.fromkeys(key for row in found for key in row))):
+        kinds: dict[str, int] = {}  # kind -> the first row of it
+        for row in found:
+            if row.get(key) is not None:
+                kind = "number" if type(row[key]) in (int, float) else type(row[key]).__name__
+                kinds.setdefault(kind, row["row"])
+        if len(kinds) > 1:
+            told = ", ".join(f"{kind} (row {row})" for kind, row in kinds.items())
+            raise UserError(f"datasets: column {key!r} holds {told}; make them one kind, e.g. all text")
+    return datasets.Dataset.from_list([{key: row.get(key) for key in columns} for row in found])
 
 
 def with_margins(rows: datasets.Dataset) -> datasets.Dataset:

@@ -173,8 +173,7 @@ def get_data(config: TuningConfig, encoder: Encoder) -> Data:
             raise UserError(
                 f"test_split_size={config.test_split_size} of {len(train)} rows; allowed: a share in between"
             )
-        split = train.train_test_split(test_size=round(config.test_split_size * len(train)), seed=seed)
-        train, shards["validation"] = split["train"], split["test"]
+        train, shards["validation"] = _split(train, round(config.test_split_size * len(train)), seed)
         notes.append(f"held out  {len(shards['validation']):,} of the training rows as validation, by seed {seed}")
     if not len(train):
         raise UserError("datasets: no row that can be trained on; `llmkit inspect` shows what there is")
@@ -249,6 +248,23 @@ def _mix(parts: list[datasets.Dataset], fractions: list[float | None], seed: int
             for part, share in zip(parts, shares, strict=True)
         ]
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def _split(rows: datasets.Dataset, test_size: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Rows to train on and so many held out; of marked answers all to one prompt go the same way."""
+    if "label" not in rows.column_names:
+        split = rows.train_test_split(test_size=test_size, seed=seed)
+        return split["train"], split["test"]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(rows["prompt_ids"]):
+        groups.setdefault(tuple(prompt), []).append(i)
+    order, held = list(groups.values()), set[int]()
+    for k in np.random.default_rng(seed).permutation(len(order)):
+        if len(held) >= test_size:
+            break
+        held |= set(order[k])
+    kept = [i for i in range(len(rows)) if i not in held]
+    return rows.select(kept), rows.select(sorted(held))
 
 
 def _check_bad(bad: dict[str, list[Bad]], config: TuningConfig) -> None:

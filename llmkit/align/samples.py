@@ -7,6 +7,7 @@ Leaves out whether an answer is right.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -18,6 +19,11 @@ from ..evaluate.answers import score_answers
 WINDOW = 5  # lines of the log that an alarm looks at together
 FALL = 1.0  # nats per answer
 LONGER = 1.5
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a log; none where it does not exist."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def lengths(rows: datasets.Dataset, good: str, bad: str, what: str = "chosen") -> list[str]:
@@ -43,7 +49,17 @@ class PreferenceWatch(TrainerCallback):
             self.rows = [as_answers(json.loads(text)) for text in shard["raw"][:count]]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._sample(state.global_step, model)
+        if state.global_step:
+            self._go_on()
+        else:
+            self._sample(0, model)
+
+    def _go_on(self) -> None:
+        """A resumed run is measured against the first answers, and repeats no alarm; its logs are cut already."""
+        rows, alerts = read_lines(self.run.folder / "samples.jsonl"), read_lines(self.run.folder / "alerts.jsonl")
+        self.raised = {row["kind"] for row in alerts}
+        first = [len(row["given"]) for row in rows if row["step"] == rows[0]["step"]]
+        self.at_start = sum(first) / len(first) if first else None
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step:

@@ -3,6 +3,7 @@
 Owns evaluation by token and by row. TRL is imported by the first use, since that takes seconds.
 """
 
+import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -10,6 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
+
+
+@contextlib.contextmanager
+def _alone(accelerator: Any) -> Iterator[None]:
+    """What TRL logs is of this rank's batch: the last ones are uneven, which gathering does not survive."""
+    for name in ("gather", "gather_for_metrics"):
+        setattr(accelerator, name, lambda value, *args, **kwargs: value)
+    try:
+        yield
+    finally:
+        del accelerator.gather, accelerator.gather_for_metrics
 
 
 class _Sweep:
@@ -57,7 +69,8 @@ class _Sweep:
             index = turn * world + rank
             first = min(index, num_batches - 1) * size
             batch = self.data_collator([rows[i] for i in range(first, min(first + size, len(rows)))])
-            loss, _, _ = self.prediction_step(model, batch, prediction_loss_only=True)
+            with _alone(self.accelerator):
+                loss, _, _ = self.prediction_step(model, batch, prediction_loss_only=True)
             yield batch, loss, index < num_batches
         model.train(was_training)
 

@@ -19,7 +19,15 @@ from ..config import UserError
 from ..run import write_json
 
 NAME = "best"
-LOWER = ("loss", "bits_per_byte", "perplexity", "ter", "brier_score")  # ends of figures that are better when lower
+LOWER = (
+    "loss",
+    "bits_per_byte",
+    "perplexity",
+    "ter",
+    "brier_score",
+    "nll",
+    "ranking",
+)  # ends of figures that are better when lower
 
 
 class Best:

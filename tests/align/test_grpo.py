@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 
 from llmkit import cli, config
 from llmkit.align import grpo, reward_model
 from llmkit.align.grpo import check_batches, load_rewards
 from llmkit.align.job import make_console
+from llmkit.align.preferences import as_prompts
 from llmkit.align.preflight import get_subject
 from llmkit.config import UserError
 from llmkit.tuning import GrpoConfig, RewardConfig
@@ -205,6 +207,8 @@ def test_a_reward_model_is_a_reward(recipe, base, tmp_path):
         grpo.main(changed(recipe, reward_funcs=both, reward_weights=[8, 1], gold_verifier=None, max_steps=1)).status
         == "ok"
     )
+    with pytest.raises(UserError, match="two of them would be logged as 'judge'"):
+        load_rewards([str(tmp_path / "judge"), str(tmp_path / "judge")], None, recipe)
     assert "rewards/judge/mean" in next(row for row in lines(recipe.output_dir) if "reward" in row)
 
 
@@ -213,6 +217,30 @@ def test_checks_and_inspect_take_the_trainer(recipe, tmp_path):
         assert get_subject(recipe, tier).tokenizer is not None
     job = grpo.prepare(recipe, make_console())
     assert next(iter(job.trainer.get_train_dataloader()))[0]["answer"]
+
+
+def rows_of(*given: dict) -> Dataset:
+    return Dataset.from_list([{"raw": json.dumps(row | {"row": i + 1})} for i, row in enumerate(given)])
+
+
+def test_columns_that_some_rows_lack_reach_the_rewards():
+    made = as_prompts(rows_of({"prompt": "a", "x": 1}, {"prompt": "b", "answer": "2"}))
+    assert made["answer"] == [None, "2"] and made["x"] == [1, None]
+    with pytest.raises(UserError, match=r"column 'answer' holds str \(row 1\), number \(row 2\)"):
+        as_prompts(rows_of({"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": 2}))
+
+
+def test_a_run_that_an_alarm_ended_is_measured_where_it_ended(recipe, rows):
+    """Between two evaluations."""
+    (rows / "anti.py").write_text(
+        "def anti(*, completions, **_):\n    return [-len(said[-1]['content']) / 100 for said in completions]\n"
+    )
+    settings = changed(
+        recipe, reward_funcs=["exact_answer", {"length": {"max_words": 8}}], reward_weights=[8.0, 1.0], max_steps=30,
+        gold_verifier=f"{rows}/anti.py:anti", stop_on_alarm=True, per_device_train_batch_size=64, eval_steps=29,
+    )  # fmt: skip
+    result = grpo.main(settings)
+    assert 0 < result.metrics["steps"] < 29 and result.metrics["kl"] > 0
 
 
 # ---- refusals
@@ -230,7 +258,7 @@ def refusal(settings: GrpoConfig) -> str:
     [
         ({"num_generations": 3}, "num_generations=3 does not divide the 8 answers of a generation"),
         ({"num_generations": 1}, "num_generations=1; allowed: 2 or more"),
-        ({"save_steps": 3, "steps_per_generation": 2}, "save_steps=3: answers are trained on for 2 steps"),
+        ({"save_steps": 3, "steps_per_generation": 2}, "goes on makes them anew; write a multiple of 2"),
         ({"reward_funcs": []}, "reward_funcs is missing"),
         ({"reward_funcs": ["exact"]}, "unknown reward 'exact'; nearest: 'exact_answer'"),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 numbers for 1 reward_funcs"),
@@ -238,6 +266,12 @@ def refusal(settings: GrpoConfig) -> str:
         ({"gold_prompts": 5, "eval_datasets": []}, "gold_prompts=5 has no effect without eval_datasets"),
         ({"temperature": 0.0}, "temperature=0.0; allowed: above 0"),
         ({"reward_funcs": ["exact_answer"]}, "gold_verifier='exact_answer' is among reward_funcs"),
+        ({"per_device_train_batch_size": 400}, "40 prompts, and a generation takes 100"),
+        ({"reward_weights": ["x"]}, "reward_weights=['x']; allowed: numbers"),
+        (
+            {"load_best_model_at_end": True, "metric_for_best_model": "gold", "gold_verifier": None},
+            "metric_for_best_model='gold': no evaluation gives that figure; allowed: proxy",
+        ),
         ({"max_completion_length": 128}, "longer than max_length - max_completion_length=0"),
     ],
 )

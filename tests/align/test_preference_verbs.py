@@ -21,6 +21,7 @@ from llmkit.align.preflight import get_subject
 from llmkit.align.samples import PreferenceWatch
 from llmkit.config import UserError
 from llmkit.evaluate.answers import Answer, AnswerScore
+from llmkit.train.best import Best
 from llmkit.tuning import DpoConfig, KtoConfig, RewardConfig, RrhfConfig
 
 pytestmark = pytest.mark.medium
@@ -115,6 +116,9 @@ def test_the_reference_of_a_resumed_run_is_still_the_parent(recipe, tmp_path):
     for key in ("loss", "rewards/margins"):
         assert log_of(broken.output_dir, key) == log_of(whole.output_dir, key)
     assert log_of(broken.output_dir, "rewards/margins")[3] > 0.01
+    for name in ("samples.jsonl", "alerts.jsonl"):
+        both = [Path(c.output_dir) / name for c in (whole, broken)]
+        assert len({path.read_text() if path.exists() else "" for path in both}) == 1, name
 
 
 @pytest.mark.parametrize("verb", ["kto", "rrhf", "reward"])
@@ -154,6 +158,18 @@ def test_evaluation_is_a_mean_over_rows_however_the_batches_fall(recipe):
         } == pytest.approx(
             {k: figures[0][k] for k in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen")}, rel=1e-4
         )
+
+
+def test_answers_to_one_prompt_are_not_held_out_and_trained_on_at_once(recipe):
+    data = kto.prepare(recipe("kto", test_split_size=0.25), make_console()).data
+    trained, held = (
+        {json.dumps(ids) for ids in rows["prompt_ids"]} for rows in (data.train, data.shards["validation"])
+    )
+    assert not trained & held and len(data.shards["validation"]) == 20 and len(data.train) == 60
+
+
+def test_best_knows_that_a_ranking_loss_is_better_when_lower(tmp_path):
+    assert not Best(tmp_path, "v_nll", None, None).is_up and not Best(tmp_path, "v_ranking", None, None).is_up
 
 
 def test_ktos_other_answers_stay_with_their_rows(recipe):
@@ -273,6 +289,10 @@ def test_another_reference_is_used(recipe, tmp_path):
     [
         ({"lora_dropout": 0.1, "use_peft": True}, "lora_dropout=0.1 has no effect with disable_dropout: true"),
         ({"loss_weights": [1.0]}, "loss_weights=[1.0] has no effect with one loss_type"),
+        (
+            {"eval_steps": 2, "test_split_size": 0.0},
+            "eval_steps=2 has no effect without a validation shard or eval_tasks",
+        ),
         ({"beta": -1.0}, "beta=-1.0; allowed: 0 or more"),
         ({"eval_samples": 0}, "max_new_tokens=4 has no effect without eval_answers or eval_samples"),
         ({"loss_type": "sigmoidd"}, "loss_type='sigmoidd'; allowed: sigmoid, hinge,"),
@@ -316,7 +336,7 @@ def test_rows_of_another_verb_are_refused_in_one_line(recipe, tmp_path):
 @pytest.mark.parametrize("engine", ["cpu", "zero2"])
 @pytest.mark.parametrize("verb", ["dpo", "rrhf", "reward"])
 def test_two_processes_have_the_losses_of_one(recipe, tmp_path, verb, engine):
-    one = recipe(verb)
+    one = recipe(verb, test_split_size=0.15, per_device_eval_batch_size=4)  # 6 rows: 4 for one process, 2 for the other
     VERBS[verb][0].main(one)
     two = dataclasses.replace(
         one, output_dir=str(tmp_path / "two"), per_device_train_batch_size=2, accelerate_config=engine,
@@ -328,4 +348,6 @@ def test_two_processes_have_the_losses_of_one(recipe, tmp_path, verb, engine):
     assert done.returncode == 0, done.stderr[-2000:]
     assert log_of(two.output_dir) == pytest.approx(log_of(one.output_dir), abs=1e-4, rel=1e-5)
     found, expected = (json.loads((Path(c.output_dir) / "result.json").read_text())["metrics"] for c in (two, one))
-    assert found["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-4)
+    names = [name for name in expected if name.startswith("validation_")]
+    assert len(names) > 3
+    assert {n: found[n] for n in names} == pytest.approx({n: expected[n] for n in names}, rel=1e-3, abs=1e-4)
