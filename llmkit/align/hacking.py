@@ -133,7 +133,7 @@ def batch_figures(
 class Selection:
     """Which way the reward pushes gold, over the last groups that tell."""
 
-    def __init__(self, window: int = 64, fewest: int = 24):
+    def __init__(self, window: int = 64, fewest: int = 10):
         self.groups: deque[tuple[float, float]] = deque(maxlen=window)
         self.fewest = fewest
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from tiny import bpe_tokenizer, llama
 
 from llmkit.align import monitor as module
+from llmkit.align.hacking import Selection
 from llmkit.align.monitor import Monitor, _some_texts, _worst, answer_logps, sample_ids, score
 from llmkit.align.rewards import Reward, get_rewards
 from llmkit.config import UserError
@@ -132,6 +133,7 @@ def stub(folder, step=0, **settings):
     # longer answers earn more; gold wants them short
     found = Monitor([reward("long", len)], reward("short", lambda text: -len(text)))
     run = Run.start(folder, "grpo", config, {}, resume_step=step or None)
+    found.selection = Selection(fewest=24)
     found.begin(job, run, SimpleNamespace(best=None))
     control = SimpleNamespace(should_training_stop=False)
     found.on_train_begin(None, state, control, model=it)
