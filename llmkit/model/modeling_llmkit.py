@@ -364,3 +364,10 @@ class LlmkitForCausalLM(LlmkitPreTrainedModel, GenerationMixin):
 
 class LlmkitForSequenceClassification(GenericForSequenceClassification, LlmkitPreTrainedModel):
     """One score per sequence, read at its last token: the shape of a reward model."""
+
+    def __init__(self, config: LlmkitConfig):
+        LlmkitPreTrainedModel.__init__(self, config)  # theirs asks AutoModel, which wants to be told again to run code
+        self.num_labels = config.num_labels
+        self.model = LlmkitModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()

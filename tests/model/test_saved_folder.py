@@ -12,7 +12,7 @@ from helpers import random_ids, tiny_model
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from llmkit.model import LlmkitForCausalLM, LlmkitModel
+from llmkit.model import LlmkitForCausalLM, LlmkitForSequenceClassification, LlmkitModel
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 SHAPES = {
@@ -119,3 +119,23 @@ def test_folder_runs_exactly_equal_in_a_process_without_llmkit(shape, tmp_path):
     assert torch.equal(outputs["hidden"], hidden)
     assert torch.equal(outputs["generated"], model.generate(ids, max_new_tokens=8, do_sample=False))
     assert {p.name for p in Path(cwd / "resaved").glob("*.py")} == {p.name for p in folder.glob("*.py")}
+
+
+@pytest.mark.medium
+def test_a_reward_model_loads_in_a_process_without_llmkit(tmp_path):
+    """Its body once came from AutoModel, which refused to run the folder's code although that was allowed."""
+    model, ids = LlmkitForSequenceClassification(tiny_model().config), random_ids(2, 12)
+    model.config.pad_token_id = 0
+    model.save_pretrained(tmp_path / "model")
+    torch.save(ids, tmp_path / "ids.pt")
+    code = (
+        "import sys, torch\nfrom transformers import AutoModelForSequenceClassification as Auto\n"
+        "model = Auto.from_pretrained(sys.argv[1], trust_remote_code=True).eval()\n"
+        "torch.save(model(torch.load('ids.pt')).logits.detach(), 'logits.pt')\n"
+    )
+    env = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-I", "-c", code, str(tmp_path / "model")]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), model.eval()(ids).logits)
