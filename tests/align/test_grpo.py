@@ -237,7 +237,8 @@ def test_a_run_that_an_alarm_ended_is_measured_where_it_ended(recipe, rows):
     )
     settings = changed(
         recipe, reward_funcs=["exact_answer", {"length": {"max_words": 8}}], reward_weights=[8.0, 1.0], max_steps=30,
-        gold_verifier=f"{rows}/anti.py:anti", stop_on_alarm=True, per_device_train_batch_size=64, eval_steps=29, warmup_steps=0.0,
+        gold_verifier=f"{rows}/anti.py:anti", stop_on_alarm=True, per_device_train_batch_size=64, eval_steps=29,
+        warmup_steps=0.0,
     )  # fmt: skip
     result = grpo.main(settings)
     assert 0 < result.metrics["steps"] < 29 and result.metrics["kl"] > 0
