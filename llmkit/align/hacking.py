@@ -2,7 +2,7 @@
 
 Owns what is measured on every batch of answers (`batch_figures`, `Selection`) and what counts as alarming (`Alarms`).
 
-    figures = batch_figures(texts, prompts, lengths, rewards, weights, gold, num_generations)
+    figures = batch_figures(texts, questions, lengths, rewards, weights, gold, num_generations, tops)
     for kind, reason in alarms.look(figures): ...
 
 `gold` is a verifier that is never optimised. The earliest sign comes from inside the groups: to first order a policy
@@ -150,7 +150,7 @@ class Selection:
 
 
 LIMITS = {
-    "selection_z": -4.25,  # a reward that has nothing to do with gold: under 1 % of runs of 200 batches (at -3.5: 8 %)
+    "selection_z": -4.25,  # a reward that has nothing to do with gold: under 1 % of runs of 200 batches
     "kl": 0.5,  # nats per token from the reference
     "canary": 0.4,  # nats per token: half as much perplexity again
     "canary_task": -0.1,

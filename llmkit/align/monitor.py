@@ -27,7 +27,7 @@ from ..evaluate.texts import score_texts
 from ..run import Run, write_json
 from ..train.watch import own_random_numbers
 from .hacking import Alarms, Floats, Selection, batch_figures
-from .rewards import CONTEXT, Reward, text_of
+from .rewards import Reward, evaluate, text_of
 from .watch import any_rank
 
 SHOWN = 16  # answers in hacked.jsonl per alarm
@@ -273,14 +273,7 @@ def _worst(
 
 def score(rewards: list[Reward], rows: list[dict[str, Any]], texts: list[str]) -> dict[str, Floats]:
     """What each reward gives for one answer per row, (N,), NaN for None."""
-    prompts = [row["prompt"] for row in rows]
-    said: list[Any] = [
-        [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
-    columns = {key: [row.get(key) for row in rows] for key in rows[0] if key not in ("prompt", "row")}
-    ids = [list(text.encode()) for text in texts]
-    return {r.name: r(prompts=prompts, completions=said, completion_ids=ids, **CONTEXT | columns) for r in rewards}
+    return dict(zip([reward.name for reward in rewards], evaluate(rewards, rows, texts), strict=True))
 
 
 @torch.no_grad()

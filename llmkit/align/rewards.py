@@ -295,7 +295,7 @@ def self_test(rewards: list[Reward], rows: Iterable[dict[str, Any]], template: s
     if not tested:
         return report
     cases = _completions(tested, [str(row[column]) for row in tested], template or _tags(rewards))
-    values = {case: _evaluate(rewards, tested, texts) for case, texts in cases.items()}  # case -> (rewards, N)
+    values = {case: evaluate(rewards, tested, texts) for case, texts in cases.items()}  # case -> (rewards, N)
     weights = np.array([reward.weight for reward in rewards])
     totals = {case: weights @ np.nan_to_num(array) for case, array in values.items()}  # case -> (N,)
     for case, array in values.items():
@@ -349,7 +349,7 @@ def _completions(rows: list[dict[str, Any]], answers: list[str], template: str) 
     return {case: texts for case, texts in cases.items() if not same.get(case)}
 
 
-def _evaluate(rewards: list[Reward], rows: list[dict[str, Any]], texts: list[str]) -> np.ndarray:
+def evaluate(rewards: list[Reward], rows: list[dict[str, Any]], texts: list[str]) -> np.ndarray:
     """(rewards, N) values of these texts, each in the form of its row's prompt."""
     keys = {key for row in rows for key in row} - {"prompt", "completion", "completion_ids"}
     completions = [

@@ -7,7 +7,7 @@ Owns what a row becomes, in TRL's columns, and why one is of no use:
     ranked    prompt, completions, scores      a pair has the scores 1 and 0
     prompts   prompt, and every other column   for reward functions
 
-    for row in as_pairs(given): ...            # TRL's columns, or a text that says what is wrong
+    for row in as_pairs(given): ...            # TRL's columns; raises Useless, which says what is wrong
 
 A prompt is a text with texts to follow, or turns with turns to follow. Leaves out reading files (`chat.py`) and tokens.
 """
@@ -19,7 +19,6 @@ from typing import Any
 from ..check.columns import problem_of, turn
 
 QUESTIONS = ("instruction", "question", "query")
-Found = dict[str, Any] | str
 
 
 class Useless(ValueError):
