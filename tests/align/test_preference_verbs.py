@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from llmkit import config
 from llmkit.align import dpo, kto, reward_model, rrhf
+from llmkit.align.build import trl_arguments
 from llmkit.align.job import make_console
 from llmkit.align.preflight import get_subject
 from llmkit.align.samples import PreferenceWatch
 from llmkit.config import UserError
 from llmkit.evaluate.answers import Answer, AnswerScore
+from llmkit.hardware import detect
 from llmkit.train.best import Best
 from llmkit.tuning import DpoConfig, KtoConfig, RewardConfig, RrhfConfig
 
@@ -166,6 +168,15 @@ def test_answers_to_one_prompt_are_not_held_out_and_trained_on_at_once(recipe):
         {json.dumps(ids) for ids in rows["prompt_ids"]} for rows in (data.train, data.shards["validation"])
     )
     assert not trained & held and len(data.shards["validation"]) == 20 and len(data.train) == 60
+
+
+def test_steps_for_tasks_alone_ask_trl_for_no_evaluation(recipe):
+    """It would refuse one without a data set, in a traceback."""
+    from trl import DPOConfig
+
+    for size, strategy in ((0.0, "no"), (0.1, "steps")):
+        asked = recipe("dpo", eval_steps=2, eval_tasks=["toyworld_recall"], test_split_size=size)
+        assert trl_arguments(DPOConfig, asked, detect(use_cpu=True), "none").eval_strategy == strategy
 
 
 def test_best_knows_that_a_ranking_loss_is_better_when_lower(tmp_path):
