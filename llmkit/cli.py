@@ -37,8 +37,15 @@ VERBS: dict[str, tuple[str, type, str]] = {
     "eval": ("evaluate.verb", verbs.EvalConfig, "compare models side by side: tasks, perplexity, regression prompts"),
     "report": ("report.report", verbs.ReportConfig, "every stage on one page: gained, lost, curves, alarms, lineage"),
     "merge": ("align.merge", verbs.MergeConfig, "write adapter and base as one plain model, checked"),
-    "generate": ("deploy.generate", verbs.GenerateConfig, "continue a prompt, streaming"),
-    "export": ("deploy.export", verbs.ExportConfig, "write a plain Qwen3 or Llama folder that needs no llmkit"),
+    "generate": ("deploy.generate", verbs.GenerateConfig, "continue a prompt or a file of them, streaming"),
+    "quantize": ("deploy.quantize", verbs.QuantizeConfig, "write a model in 8 or 4 bit, and measure what that cost"),
+    "export": (
+        "deploy.export",
+        verbs.ExportConfig,
+        "write a plain Qwen3 or Llama folder, or GGUF: no llmkit needed",
+    ),
+    "push": ("deploy.push", verbs.PushConfig, "publish a model with its card; first only say what would go"),
+    "serve": ("deploy.serve", verbs.ServeConfig, "answer requests in OpenAI's API from a plain model folder"),
 }
 # verb -> the module whose `get_subject(settings, tier)` hands it to the checks
 TUNING = ("sft", "dpo", "kto", "rrhf", "reward", "grpo")

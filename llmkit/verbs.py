@@ -218,26 +218,122 @@ class ReportConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """Continue a prompt; the text streams as it is written."""
+    """Continue a prompt, or every prompt of a file; the text streams as it is written.
 
-    model_name_or_path: str = required("run folder, model folder or Hub id")
+    llmkit generate --model_name_or_path RUN|DIR|HUB_ID [--prompt TEXT] [--key value ...]
+    """
+
+    model_name_or_path: str = required("run folder, model folder, adapter folder or Hub id")
+    # what is continued
     prompt: str = option("", "text to continue; empty: start a document")
+    prompts_file: str | None = option(
+        None, "many: .txt, a prompt a line; .jsonl, {prompt: text} or {messages: [...]} a line"
+    )
+    output_file: str | None = option(None, "with prompts_file: the .jsonl to write; null: the console alone")
+    apply_chat_template: bool = option(False, "the prompt is what a user says: asked in the chat template")
+    system_instruction: str | None = option(None, "with apply_chat_template: the system prompt")
+    # how; the names are those of GenerationConfig
     max_new_tokens: int = option(128, "longest continuation")
     temperature: float = option(1.0, "0: greedy")
     top_k: int | None = option(None, "sample among the k likeliest tokens only")
     top_p: float | None = option(None, "sample among the likeliest tokens of this total probability")
+    min_p: float | None = option(None, "sample among tokens at least this likely, relative to the likeliest")
+    repetition_penalty: float = option(1.0, "above 1: tokens that are there already become less likely")
+    num_beams: int = option(1, "beams of a beam search; 1: none")
+    stop_strings: list = option([], "texts that end a continuation; they are kept")
     seed: int = option(0, "the same seed writes the same text on the same machine")
+    batch_size: int = option(8, "with prompts_file: prompts at a time")
+    # how it runs
+    show_probs: bool = option(False, "colour every token by its probability")
+    decoder: Literal["auto", "lean", "transformers"] = option(
+        "auto", "lean: our own loop for our own model on a CPU, token for token the same; auto: wherever it can"
+    )
+    trust_remote_code: bool = option(False, "run the code that comes with the model")
+    use_cpu: bool = option(False, "stay on the CPU even where there is an accelerator")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeConfig:
+    """Write a model in 8 or 4 bit with bitsandbytes, and measure at once what that cost.
+
+    llmkit quantize --model_name_or_path RUN|DIR --output_dir DIR --load_in_4bit [--key value ...]
+    """
+
+    model_name_or_path: str = required("run folder, model folder, adapter folder or Hub id")
+    output_dir: str = required("run folder; must not hold another run")
+    # how; the names are those of TRL's ModelConfig and BitsAndBytesConfig
+    load_in_8bit: bool = option(False, "8 bit (LLM.int8)")
+    load_in_4bit: bool = option(False, "4 bit")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "of load_in_4bit")
+    use_bnb_nested_quant: bool = option(False, "of load_in_4bit: the scales are quantised too (double quantisation)")
+    llm_int8_skip_modules: list = option([], "layers that stay as they are, besides embeddings and head")
+    # what it cost
+    eval_datasets: list = option([], "raw text: list of {path, data_files, ..., shard}; none: that of the runs")
+    data_dir: str = option(".", "folder that relative data_files start from")
+    window: int | None = option(None, "tokens of context in perplexity; null: that of the runs, else the model's")
+    eval_tasks: str | list = option([], "tasks of `llmkit eval` to ask before and after, e.g. [toyworld_answers]")
+    eval_tasks_limit: int | None = option(None, "items of each of them; null: all")
+    max_perplexity_ratio: float | None = option(
+        None, "quantised to original, a fail above it; null: 1.01 for 8 bit, 1.05 for 4 bit"
+    )
+    batch_size: int = option(16, "rows per forward pass")
     trust_remote_code: bool = option(False, "run the code that comes with the model")
     use_cpu: bool = option(False, "stay on the CPU even where there is an accelerator")
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """Write a trained model as a stock transformers folder that needs no code of ours."""
+    """Write a trained model for other engines: a stock transformers folder, or GGUF with an Ollama Modelfile.
 
-    model_name_or_path: str = required("run folder or model folder")
-    to: str = option("qwen3", "qwen3, or llama for a model without QK-norm")
+    llmkit export --model_name_or_path RUN|DIR --to qwen3|llama|gguf --output_dir DIR
+    """
+
+    model_name_or_path: str = required("run folder, model folder, or adapter folder, which is merged")
+    to: str = option("qwen3", "qwen3; llama for a model without QK-norm; gguf for llama.cpp, Ollama, LM Studio")
     output_dir: str = required("folder to write; must not exist")
+    outtype: Literal["f32", "f16", "q8_0"] = option(
+        "f16", "with to=gguf: numbers of the matrices, in llama.cpp's words"
+    )
+    llama_cpp_dir: str | None = option(
+        None, "with to=gguf: a checkout of llama.cpp, whose converter takes models that are not ours"
+    )
+    trust_remote_code: bool = option(False, "run the code that comes with the model")
+
+
+@dataclasses.dataclass(frozen=True)
+class PushConfig:
+    """Publish a model on the Hub with a card made of its run; without --dry_run false only say what would go.
+
+    llmkit push --model_name_or_path RUN|DIR --hub_model_id NAME/MODEL [--dry_run false]
+    """
+
+    model_name_or_path: str = required("run folder, model folder, adapter folder or folder of an export")
+    hub_model_id: str = required("repository on the Hub, e.g. ann/toy-sft")
+    output_dir: str = option("runs/push", "the card, the list of what goes, result.json")
+    dry_run: bool = option(True, "say what would go, send nothing")
+    hub_private_repo: bool = option(True, "a new repository is private; false publishes it once all of it is there")
+    update: bool = option(False, "the repository is there already: replace what is in it")
+    variants: list = option([], "folders that go along, each into a folder of its name: quantised, adapters, GGUF")
+    # the card
+    license: str | None = option(None, "e.g. apache-2.0; null: the parent's")
+    base_model: str | None = option(None, "Hub id of the parent; null: the one that the run came from")
+    language: str | list | None = option(None, "of the training text, e.g. en")
+    eval_dir: str | None = option(None, "folder of `llmkit eval` with figures; null: `eval` beside the run")
+    trust_remote_code: bool = option(False, "run the code that comes with the model")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeConfig:
+    """Serve a plain model folder with OpenAI's API, through `transformers serve`.
+
+    llmkit serve --model_name_or_path DIR [--port 8000]
+    """
+
+    model_name_or_path: str = required("folder that needs no code of ours (`llmkit export`), or Hub id")
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: every machine that reaches this one may ask")
+    port: int = option(8000, "port to listen on")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "of the weights; auto: as stored")
+    use_cpu: bool = option(False, "stay on the CPU even where there is an accelerator")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ def find_columns(names: list[str]) -> list[Column]:
     """One column for each name, in their order. Raises UserError for what is no model, or is named twice."""
     folders = [_local(name) for name in names]
     labels = _labels(names, folders)
-    runs = [_run_of(folder) for folder in folders]
+    runs = [run_of(folder) for folder in folders]
     known = {run.resolve(): label for run, label in zip(runs, labels, strict=True) if run}
     known |= {folder.resolve(): label for folder, label in zip(folders, labels, strict=True)}
     columns = []
@@ -97,7 +97,7 @@ def _labels(names: list[str], folders: list[Path]) -> list[str]:
     return labels
 
 
-def _run_of(folder: Path) -> Path | None:
+def run_of(folder: Path) -> Path | None:
     """Of a model folder: itself or what is above it, where a manifest says so."""
     for above in (folder, folder.parent, *(folder.parent.parents[:2])):
         if manifest_of(above).get("stage"):
@@ -121,7 +121,7 @@ def lineage(run: Path) -> list[Path]:
     while at and at.is_dir() and at.resolve() not in [path.resolve() for path in found]:
         found.append(at)
         parent = manifest_of(at).get("parent")
-        at = (_run_of(Path(parent)) or Path(parent)) if parent else None
+        at = (run_of(Path(parent)) or Path(parent)) if parent else None
     return found
 
 
