@@ -242,7 +242,7 @@ def test_a_disk_that_fills_while_tokenising_is_one_line(work, monkeypatch, capsy
     "argv, expected",
     [
         (["generate"], "model_name_or_path is missing"),
-        (["generate", "--model_name_or_path", "./nowhere"], "model_name_or_path='./nowhere': cannot be loaded"),
+        (["generate", "--model_name_or_path", "./nowhere"], "model_name_or_path='./nowhere': no such folder"),
         (["generate", "--model_name_or_path", "x", "--max_new_tokens", "0"], "max_new_tokens=0"),
         (["generate", "--model_name_or_path", "x", "--temperature", "-1"], "temperature=-1.0"),
         (["generate", "--model_name_or_path", "x", "--top_k", "0"], "top_k=0"),
