@@ -1,0 +1,130 @@
+"""Tokens per second of one growing row on one thread: our lean decoder, transformers' generate, llama.cpp.
+
+    python benchmarks/decode.py [--rounds 7] [--shapes 4x128 8x384] [--new 200] [--threads 1]
+
+Each shape is a model of ours with redrawn weights in float32 and a byte-level BPE of 1,024 ids; the same prompt of
+16 tokens is continued greedily by all, in alternation; counted is the time from prompt to last token.
+llama.cpp runs the same weights as GGUF f32 where the package llama_cpp is there. The tokens of all must be equal.
+Leaves out batches, sampling and loading.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def build(layers: int, width: int, context: int, folder: Path) -> None:
+    """A model folder. Matrices N(0, 0.05), norms 1 + N(0, 0.1): far from ties, so that equal tokens mean something."""
+    import torch
+
+    from llmkit.data.tokenizer import train_bpe
+    from llmkit.model import LlmkitConfig, LlmkitForCausalLM
+
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "llmkit").rglob("*.py"))]
+    tokenizer = train_bpe(texts, 1024)
+    config = LlmkitConfig(
+        vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 32,
+        max_position_embeddings=context, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    model = LlmkitForCausalLM(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(noise * 0.05 if p.ndim > 1 else 1 + noise * 0.1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def ways(folder: Path, context: int, threads: int) -> tuple[dict[str, Callable[[list[int], int], list[int]]], int]:
+    """Name -> (prompt, number of new tokens) -> new tokens; and the number of parameters."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from llmkit.deploy.decode import LeanDecoder
+    from llmkit.deploy.sampling import Settings, write
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    decoder = LeanDecoder(AutoModelForCausalLM.from_pretrained(folder).eval(), context)
+
+    def settings(count: int) -> Settings:
+        return Settings(eos=(-1,), pad=0, max_new_tokens=count)
+
+    def by_generate(ids: list[int], count: int) -> list[int]:
+        inputs = torch.tensor([ids])
+        mask = torch.ones_like(inputs)
+        out = model.generate(
+            inputs, attention_mask=mask, max_new_tokens=count, do_sample=False, eos_token_id=-1, pad_token_id=0
+        )
+        return out[0, len(ids) :].tolist()
+
+    found = {
+        "lean": lambda ids, count: write(decoder, None, ids, settings(count)).ids,  # type: ignore[arg-type]
+        "generate": by_generate,
+    }
+    try:
+        import llama_cpp
+    except ImportError:
+        print("llama_cpp is not installed: pip install llama-cpp-python adds its column")
+    else:
+        from llmkit.deploy.export import main as export
+        from llmkit.verbs import ExportConfig
+
+        export(ExportConfig(str(folder), to="gguf", output_dir=str(folder / "gguf"), outtype="f32"))
+        file = next((folder / "gguf").glob("*.gguf"))
+        llama = llama_cpp.Llama(str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+        def by_llama(ids: list[int], count: int) -> list[int]:
+            llama.reset()
+            stream = llama.generate(ids, top_k=1, temp=0.0, repeat_penalty=1.0)
+            return [token for token, _ in zip(stream, range(count), strict=False)]
+
+        found["llama.cpp"] = by_llama
+    return found, sum(p.numel() for p in model.parameters())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["4x128", "8x384"], help="layers x width")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--new", type=int, default=200, help="tokens to write")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    import torch
+
+    torch.set_num_threads(args.threads)
+    prompt = list(range(300, 316))
+    for shape in args.shapes:
+        layers, width = (int(part) for part in shape.split("x"))
+        with tempfile.TemporaryDirectory() as name:
+            build(layers, width, len(prompt) + args.new, Path(name) / "model")
+            found, count = ways(Path(name) / "model", len(prompt) + args.new, args.threads)
+            seconds: dict[str, list[float]] = {way: [] for way in found}
+            written = {way: run(prompt, args.new) for way, run in found.items()}  # also warms up
+            for _ in range(args.rounds):
+                for way, run in found.items():
+                    started = time.perf_counter()
+                    run(prompt, args.new)
+                    seconds[way].append(time.perf_counter() - started)
+        rates = "   ".join(f"{way} {args.new / statistics.median(times):7,.0f}" for way, times in seconds.items())
+        ratios = [theirs / ours for ours, theirs in zip(seconds["lean"], seconds["generate"], strict=True)]
+        same = ", ".join(f"{way} {tokens == written['lean']}" for way, tokens in written.items() if way != "lean")
+        print(
+            f"{layers} layers, {width} wide, {count / 1e6:.1f} M parameters, {args.threads} thread: tokens/s {rates}\n"
+            f"  lean / generate {statistics.median(ratios):.2f} (median of {args.rounds} rounds, "
+            f"{min(ratios):.2f} to {max(ratios):.2f}); the same {args.new} tokens: {same}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
