@@ -74,7 +74,7 @@ def stops_here(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_stri
     """Whether a stop string ends inside the text of the last token; it may begin in the prompt."""
     if not stop_strings:
         return False
-    tail = list(ids[-1 - max(len(stop.encode()) for stop in stop_strings) :])  # a token has a byte at least
+    tail = list(ids[-max(len(stop.encode()) for stop in stop_strings) :])  # a token has a byte at least
     text, before = tokenizer.decode(tail), len(tokenizer.decode(tail[:-1]))
     return any(stop in text and text.rfind(stop) + len(stop) > before for stop in stop_strings)
 
@@ -122,7 +122,7 @@ def write(
     seen = new[None]
     while ended is None:
         logits = decoder.forward(new)[None]  # (1, V)
-        scores = filters(seen, logits.clone()) if filters else logits
+        scores = filters(seen, logits) if filters else logits
         if settings.temperature > 0:
             new = torch.multinomial(scores.softmax(-1), num_samples=1)[0]
         else:

@@ -61,6 +61,7 @@ def test_a_prompt_in_parts_is_the_prompt_and_a_forgotten_end_is_forgotten():
     assert (decoder.forward(ids[0, 6:15]) - expected[14]).abs().max() < NOISE
     decoder.forward(torch.tensor([5, 5, 5]))
     decoder.reset(15)
+    decoder.reset(17)  # that many are not there
     assert decoder.length == 15
     assert (decoder.forward(ids[0, 15:]) - expected[19]).abs().max() < NOISE
 
