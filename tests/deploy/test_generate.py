@@ -122,6 +122,32 @@ def test_lines_of_text_are_prompts_and_go_to_the_console(run, tmp_path):
     assert "2 prompts, 6 tokens" in err and "ended: 2 max_new_tokens" in err
 
 
+def test_a_penalty_counts_no_padding(run, tmp_path):
+    """Padding of a batch would be penalised as if it had been said."""
+    (tmp_path / "in.txt").write_text("The red cat runs\nold\n")
+    flags = ["--temperature", "0", "--max_new_tokens", "12", "--repetition_penalty", "2"]
+    rows = [json.loads(line) for line in run("llama", "--prompts_file", "in.txt", *flags)[1].splitlines()]
+    for row in rows:
+        assert run("llama", "--prompt", row["prompt"], *flags)[1] == f"{row['prompt']}{row['text']}\n"
+
+
+def test_a_foreign_prompt_opens_as_its_tokenizer_opens_texts(folders):
+    assert not generate.opens_with_bos(str(folders / "llama"), bpe_tokenizer())
+    assert generate.opens_with_bos(str(folders / "llama"), bpe_tokenizer(bos=True))
+
+
+def test_a_prompt_that_fills_the_context_to_the_last_token_is_too_long(run):
+    flags = ["--temperature", "0", "--max_new_tokens", "4"]
+    text = "red" + " old" * 60
+    while len(bpe_tokenizer()(text)["input_ids"]) < 64:
+        text += " old"
+    assert len(bpe_tokenizer()(text)["input_ids"]) == 64
+    code, _, err = run("ours", "--prompt", text, *flags)
+    assert code == 2 and "prompt has 64 tokens, the model's context is 64" in err
+    code, _, err = run("ours", "--prompt", text.removesuffix(" old"), *flags)
+    assert code == 0 and "1 tokens" in err and "a model for chats" not in err
+
+
 REFUSED = [
     (["--num_beams", "2"], "num_beams=2 does not go with temperature=1: set it to 0"),
     (["--num_beams", "2", "--temperature", "0", "--decoder", "lean"], "num_beams=2 does not go with decoder=lean"),
