@@ -334,7 +334,8 @@ def _limits(known: Known) -> list[str]:
         else "The language of its text was not recorded."
     )
     lines.append(said)
-    if any(data["path"] == "builtin/toyworld" for stage in known.stages for data in stage["contamination"]):
+    sources = {data["path"] for stage in known.stages for data in stage["contamination"]}
+    if sources == {"builtin/toyworld"} and not known.base_model:
         lines.append("Its text is about a small made-up world, and no other.")
     if known.evaluation and known.column:
         lost = [(r, p) for r, p in counted(known.evaluation, known.column) if p["flag"] == "lost"]
