@@ -15,7 +15,7 @@ from ..config import UserError
 from ..report.evals import against_parent, counted
 from ..report.runs import Facts, bare
 from .facts import Known, check_card_text, portable
-from .files import HUB_ID
+from .files import HUB_ID, is_local
 from .licence import LICENCES
 
 VERBS = {
@@ -197,12 +197,9 @@ def _made(known: Known) -> list[str]:
         return ["Not known: no run of llmkit belongs to this folder."]
     lines = []
     chain = [f"{s['name']} ({s['stage']})" for s in reversed(known.stages)]
-    began = known.base_model if known.base_model and len(known.stages) and known.stages[-1]["parent"] else None
-    last = known.stages[-1]
-    start = (
-        [began] if began else [f"{last['parent']} (no longer there)"] if last["parent"] else ["nothing: new weights"]
-    )
-    lines += [f"Lineage: {' → '.join([*start, *chain])}.", ""]
+    began = known.stages[-1]["parent"]
+    start = "new weights" if not began else f"{began} (no longer there)" if is_local(began) else began
+    lines += [f"Lineage: {' → '.join([start, *chain])}.", ""]
     rows = []
     for stage in reversed(known.stages):
         processes = f", {stage['num_processes']} processes" if (stage["num_processes"] or 1) > 1 else ""
@@ -361,7 +358,7 @@ def _limits(known: Known) -> list[str]:
 
 
 def _licence(known: Known) -> list[str]:
-    of = f" Its parent is [{known.base_model}](https://huggingface.co/{known.base_model})." if known.base_model else ""
+    of = f" Its parent is {known.base_model}; its licence may ask for more." if known.base_model else ""
     return [f"{known.license}.{of}"]
 
 

@@ -7,6 +7,7 @@ there -> public, if asked for. Also `push_to_hub: true` of the training verbs: a
 Leaves out the Hub's calls (hub.py), the list (files.py), the card (card.py).
 """
 
+import contextlib
 import shlex
 import time
 from collections.abc import Callable
@@ -40,25 +41,15 @@ def main(config: PushConfig) -> Result:
     run = run_of(folder)
     parent, terms = _terms(config, folder, kind, run, say)
     items, variants = _items(config, folder, kind, parent, say)
-    state = None
-    if not config.dry_run:
-        with hub.session(say):
-            state = hub.access(repo)
-        _check_room(state, config)
-    known = facts.gather(repo, folder, kind, [run, *parent.folders] if run else [], parent, terms, config, variants)
-    text = card.write(known)
-    card.validate(text)
-    if not known.evaluation:
-        say(f"WARNING   the card quotes no evaluation: {known.no_evaluation}")
-    items.append(Item(CARD, None, text.encode()))
-    out.mkdir(parents=True, exist_ok=True)
-    runs.write_text(out / CARD, text)
-    _list(items, say)
-    sha = None
-    if state is not None:
-        with hub.session(say):
-            sha = _send(config, state, items, run or out, terms, say)
-    runs.write_json(out / "files.json", [{"path": item.path, "num_bytes": item.size} for item in items])
+    with contextlib.nullcontext() if config.dry_run else hub.session(say):
+        state = None if config.dry_run else hub.access(repo)  # before anything long
+        if state is not None:
+            _check_room(state, config)
+        known = facts.gather(repo, folder, kind, [run, *parent.folders] if run else [], parent, terms, config, variants)
+        items.append(_card(known, out, say))
+        _list(items, say)
+        runs.write_json(out / "files.json", [{"path": item.path, "num_bytes": item.size} for item in items])
+        sha = _send(config, state, items, run or out, terms, say) if state is not None else None
     if state is None:
         say(f"dry run   nothing was sent; its card: {out / CARD}; --dry_run false sends it")
     metrics: dict[str, Any] = {
@@ -71,6 +62,16 @@ def main(config: PushConfig) -> Result:
     result = Result("push", "ok", str(folder), str(run) if run else None, wall_s, 0.0, 0, {}, metrics)
     runs.write_json(out / "result.json", vars(result))
     return result
+
+
+def _card(known: facts.Known, out: Path, say: Say) -> Item:
+    text = card.write(known)
+    card.validate(text)
+    if not known.evaluation:
+        say(f"WARNING   the card quotes no evaluation: {known.no_evaluation}")
+    out.mkdir(parents=True, exist_ok=True)
+    runs.write_text(out / CARD, text)
+    return Item(CARD, None, text.encode())
 
 
 def _terms(config: PushConfig, folder: Path, kind: str, run: Path | None, say: Say) -> tuple[licence.Parent, str]:

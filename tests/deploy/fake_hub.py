@@ -302,9 +302,8 @@ class FakeHub:
                 if value["oid"] not in self.large:
                     raise Refused(400, message="no such LFS object")
                 files[value["path"]] = Blob(self.large[value["oid"]], is_lfs=True)
-            elif line["key"] == "deletedFile":
-                if files.pop(value["path"], None) is None:
-                    raise Refused(404, "EntryNotFound", "A file with this name doesn't exist")
+            elif line["key"] == "deletedFile" and files.pop(value["path"], None) is None:
+                raise Refused(404, "EntryNotFound", "A file with this name doesn't exist")
         sha = repo.commit(files)
         if fault == "lost answer":
             http.close_connection = True

@@ -13,10 +13,10 @@ import tiny
 import torch
 from deploy.fake_hub import CUT, READ_TOKEN, SLOW, TOKEN, WRONG_BYTES, FakeHub
 from example_runs import write_run
+from helpers import tiny_model
 from huggingface_hub import close_session, constants
 from transformers import AutoModelForCausalLM
 
-from helpers import tiny_model
 from llmkit import config as configs
 from llmkit.config import UserError
 from llmkit.deploy import hub as calls
@@ -142,6 +142,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", FAULTS)
 def test_after_a_fault_nothing_is_half_published_and_a_rerun_finishes(name, ready, fake, monkeypatch):
     monkeypatch.setattr(calls, "TIMEOUT_S", 0.3)
@@ -214,7 +215,9 @@ def test_what_cannot_be_taken_back_is_said_and_a_rerun_goes_on(ready, fake):
     assert calls.differing({}, {}) == [] and sorted(fake.repos[NAME].files) == SENT
 
 
-@pytest.mark.parametrize("token, said", [(None, "there is no token"), ("hf_wrong", "not valid"), (READ_TOKEN, "only read")])
+@pytest.mark.parametrize(
+    "token, said", [(None, "there is no token"), ("hf_wrong", "not valid"), (READ_TOKEN, "only read")]
+)
 def test_without_a_token_that_may_write_one_line_says_so(token, said, ready, fake, monkeypatch):
     monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
     line = refusal(push.main, ready())
@@ -317,7 +320,16 @@ def test_a_fresh_process_loads_what_the_command_pushed(tmp_path, model):
         env = {key: value for key, value in os.environ.items() if key not in offline}
         env |= {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         for folder, name, code in ((model, "ann/toy", "code"), (plain, "ann/plain", "plain")):
-            words = ["--model_name_or_path", str(folder), "--hub_model_id", name, "--license", "mit", "--dry_run", "false"]
+            words = [
+                "--model_name_or_path",
+                str(folder),
+                "--hub_model_id",
+                name,
+                "--license",
+                "mit",
+                "--dry_run",
+                "false",
+            ]
             words += ["--output_dir", str(tmp_path / "out")]
             pushed = subprocess.run(
                 [sys.executable, "-m", "llmkit", "push", *words], cwd=here, env=env, capture_output=True, text=True
