@@ -314,7 +314,7 @@ class PushConfig:
 
     model_name_or_path: str = required("run folder, model folder, adapter folder or folder of an export")
     hub_model_id: str = required("repository on the Hub, e.g. ann/toy-sft")
-    output_dir: str = option("runs/push", "the card, the list of what goes, result.json")
+    output_dir: str = option("runs/push", "the card, and push.json: what goes, what became of it")
     dry_run: bool = option(True, "say what would go, send nothing")
     hub_private_repo: bool = option(True, "a new repository is private; false publishes it once all of it is there")
     update: bool = option(False, "the repository is there already: replace what is in it")

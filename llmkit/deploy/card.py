@@ -122,6 +122,7 @@ def metadata(known: Known) -> Any:
 
 def _what(known: Known) -> list[str]:
     shape = [f"{value:,} {said}" for names, said in SHAPE if (value := _first(known.config, names)) is not None]
+    shape = [] if known.kind == "adapter" else shape  # that would be its base's
     context = _first(known.config, CONTEXT)
     size = f"{known.num_parameters:,} parameters" if known.num_parameters else None
     kind = {"adapter": "A PEFT adapter", "gguf": "A GGUF file"}.get(known.kind, "A causal language model")
@@ -138,7 +139,8 @@ def _what(known: Known) -> list[str]:
     if known.has_chat_template:
         lines[0] += " It answers in a chat: the template comes with the tokenizer."
     for name, kind in known.variants:
-        lines.append(f"\nThe folder `{name}` holds the same as {'GGUF' if kind == 'gguf' else 'another ' + kind}.")
+        held = "GGUF" if kind == "gguf" else f"another {kind}: `from_pretrained(..., subfolder={name!r})`"
+        lines.append(f"\nThe folder `{name}` holds the same as {held}.")
     return lines
 
 
@@ -161,7 +163,8 @@ def _load(known: Known) -> list[str]:
         f"from peft import {cls}\nfrom transformers import AutoTokenizer"
     )  # fmt: skip
     lines += ["```python", imports, "", f'model = {cls}.from_pretrained("{repo}"{code})']
-    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{repo}")', "```", ""]
+    tokenizer = repo if known.has_tokenizer else known.base_model or repo
+    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")', "```", ""]
     if needs_code:
         lines[-1:] = ["", "`trust_remote_code` runs the code in this repository: read it first.", ""]
     if known.is_reward:

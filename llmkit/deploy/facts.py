@@ -19,6 +19,7 @@ from ..config import UserError, read_recipe
 from ..evaluate.columns import fingerprint
 from ..report.evals import read_eval
 from ..report.runs import Facts, mapping, number, read_corpus, read_json, read_stage, rows_of, string, strings
+from ..run import resolve_model_dir
 from .files import HUB_ID, find_private, is_local
 from .licence import Parent
 
@@ -37,9 +38,10 @@ class Known:
     base_model: str | None
     relation: str | None  # to base_model, in the Hub's words
     language: list[str]
-    config: Facts
+    config: Facts  # of an adapter that of its base, where it lies here
     num_parameters: int | None
     num_bytes: int
+    has_tokenizer: bool
     has_chat_template: bool
     is_reward: bool
     stages: list[Facts]
@@ -81,6 +83,14 @@ def _parameters(folder: Path) -> int | None:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
         total += sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
     return total or None
+
+
+def _config(folder: Path, kind: str) -> Facts:
+    if kind == "adapter":
+        folder = Path(
+            resolve_model_dir(str(read_json(folder / "adapter_config.json")[0].get("base_model_name_or_path")))
+        )
+    return read_json(folder / "config.json")[0]
 
 
 def _evaluation(folder: Path, run: Path | None, eval_dir: str | None) -> tuple[Facts | None, str | None, str]:
@@ -173,7 +183,7 @@ def gather(
     """Reads everything; hashes the weights where there is an evaluation. `runs`: its own first. Raises UserError."""
     stages = _stages(runs)
     recipes = [_recipe(run, stage["stage"]) for run, stage in zip(runs, stages, strict=True)]
-    stored, _ = read_json(folder / "config.json")
+    stored = _config(folder, kind)
     evaluation, column, no_evaluation = _evaluation(folder, runs[0] if runs else None, config.eval_dir)
     wanted = {data["corpus"] for stage in stages for data in stage["contamination"] if data["corpus"]}
     weights = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf")]
@@ -188,6 +198,7 @@ def gather(
         config=stored,
         num_parameters=_parameters(folder) or (stages[0]["num_parameters"] if stages else None),
         num_bytes=sum(path.stat().st_size for path in weights),
+        has_tokenizer=bool(tokenizer),
         has_chat_template=(folder / "chat_template.jinja").is_file() or bool(tokenizer.get("chat_template")),
         is_reward=any("SequenceClassification" in name for name in stored.get("architectures") or []),
         stages=stages,

@@ -25,6 +25,7 @@ from . import card, facts, files, hub, licence
 from .files import Item
 
 CARD = "README.md"
+REPORT = "push.json"  # not result.json: a push is no stage of a model, and `llmkit report` shows those
 MESSAGE = "Upload with llmkit push"
 Say = Callable[[str], object]
 
@@ -34,7 +35,6 @@ def main(config: PushConfig) -> Result:
     started = time.perf_counter()
     console = Console(highlight=False, soft_wrap=True)
     say: Say = lambda line: console.print(line, markup=False)  # noqa: E731
-    runs.quiet_libraries()
     hub.check_id(config.hub_model_id)
     folder, kind = files.find_kind(config.model_name_or_path)
     out, repo = Path(config.output_dir), config.hub_model_id
@@ -48,19 +48,15 @@ def main(config: PushConfig) -> Result:
         known = facts.gather(repo, folder, kind, [run, *parent.folders] if run else [], parent, terms, config, variants)
         items.append(_card(known, out, say))
         _list(items, say)
-        runs.write_json(out / "files.json", [{"path": item.path, "num_bytes": item.size} for item in items])
         sha = _send(config, state, items, run or out, terms, say) if state is not None else None
     if state is None:
         say(f"dry run   nothing was sent; its card: {out / CARD}; --dry_run false sends it")
-    metrics: dict[str, Any] = {
-        "num_files": len(items),
-        "num_bytes": sum(i.size for i in items),
-        "is_dry_run": config.dry_run,
-    }
-    metrics |= {"hub_model_id": repo, "commit": sha}
+    metrics: dict[str, Any] = {"num_files": len(items), "num_bytes": sum(item.size for item in items)}
+    metrics |= {"hub_model_id": repo, "commit": sha, "is_dry_run": config.dry_run}
     wall_s = time.perf_counter() - started
     result = Result("push", "ok", str(folder), str(run) if run else None, wall_s, 0.0, 0, {}, metrics)
-    runs.write_json(out / "result.json", vars(result))
+    told = [{"path": item.path, "num_bytes": item.size} for item in items]
+    runs.write_json(out / REPORT, vars(result) | {"files": told})
     return result
 
 

@@ -89,7 +89,8 @@ def test_a_dry_run_lists_what_would_go_and_asks_nobody(ready, capsys, tmp_path):
     assert "feedback.jsonl" in next(line for line in out.splitlines() if line.startswith("stays"))
     assert str(tmp_path) not in re.sub(r"^(push|dry run).*", "", out, flags=re.M)
     assert result.metrics["is_dry_run"] and (tmp_path / "out/README.md").read_text().startswith("---\n")
-    assert [file["path"] for file in json.loads((tmp_path / "out/files.json").read_text())] == [*SENT[1:], SENT[0]]
+    told = json.loads((tmp_path / "out/push.json").read_text())
+    assert [file["path"] for file in told["files"]] == [*SENT[1:], SENT[0]] and told["metrics"]["commit"] is None
     assert not (tmp_path / "pretrain/published.json").exists()
 
 
