@@ -48,6 +48,10 @@ def _signed(value: float) -> str:
     return f"{value:+.4f}"
 
 
+def _is_ours(known: Known) -> bool:
+    return bool(known.stages) or known.config.get("model_type") == "llmkit"
+
+
 # ---- metadata
 
 
@@ -98,7 +102,7 @@ def metadata(known: Known) -> Any:
     """ModelCardData: what the Hub searches and shows beside the card."""
     from huggingface_hub import ModelCardData
 
-    tags = ["llmkit", *(stage["stage"] for stage in known.stages[:1])]
+    tags = ["llmkit"] * _is_ours(known) + [stage["stage"] for stage in known.stages[:1]]
     tags += ["conversational"] * known.has_chat_template + ["gguf"] * (known.kind == "gguf")
     results = _results(known)
     data = ModelCardData(
@@ -107,9 +111,9 @@ def metadata(known: Known) -> Any:
         language=known.language[0] if len(known.language) == 1 else known.language or None,
         library_name={"model": "transformers", "adapter": "peft"}.get(known.kind),
         pipeline_tag="text-classification" if known.is_reward else "text-generation",
-        tags=tags,
+        tags=tags or None,
         datasets=known.datasets or None,
-        model_name=known.repo_id.split("/")[1],
+        model_name=known.repo_id.split("/")[1] if results else None,
         eval_results=results or None,
     )
     if known.base_model and known.relation:
@@ -133,7 +137,8 @@ def _what(known: Known) -> list[str]:
     facts = [", ".join(filter(None, [size, *shape]))] + ([f"a context of {context:,} tokens"] if context else [])
     if "quantization_config" in known.config:
         facts.append(f"stored quantised ({known.config['quantization_config'].get('quant_method', 'unknown method')})")
-    lines = [f"{kind}{of}{', ' + made if made else ''} with llmkit: {'; '.join(filter(None, facts))}."]
+    made = f", {made} with llmkit" if made else ""
+    lines = [f"{kind}{of}{made}: {'; '.join(filter(None, facts))}."]
     if architecture[0]:
         lines[0] += f" Architecture: {architecture[0]}."
     if known.has_chat_template:
@@ -166,7 +171,8 @@ def _load(known: Known) -> list[str]:
     tokenizer = repo if known.has_tokenizer else known.base_model or repo
     lines += [f'tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")', "```", ""]
     if needs_code:
-        lines[-1:] = ["", "`trust_remote_code` runs the code in this repository: read it first.", ""]
+        whose = "this repository" if known.kind == "model" else "the base's repository"
+        lines[-1:] = ["", f"`trust_remote_code` runs the code in {whose}: read it first.", ""]
     if known.is_reward:
         return [
             *lines, "With llmkit, as a reward of reinforcement:", "",
@@ -175,15 +181,19 @@ def _load(known: Known) -> list[str]:
             f'pipeline("text-classification", "{repo}"{code}, function_to_apply="none")', "```",
         ]  # fmt: skip
     chat = ' --apply_chat_template --prompt "..."' if known.has_chat_template else ""
+    is_ours = known.config.get("model_type") == "llmkit"
+    if known.kind == "adapter":
+        lines += ["With llmkit, as one model with its base:", "", f"    hf download {repo} --local-dir adapter",
+                  "    llmkit merge --model_name_or_path adapter --output_dir merged", ""]  # fmt: skip
+        plain = "    llmkit export --model_name_or_path merged --to qwen3 --output_dir plain"
+        served = f"    vllm serve {known.base_model} --enable-lora --lora-modules tuned={repo}"
+        return [*lines, *(["For engines without code of ours:", "", plain] if is_ours else ["With vLLM:", "", served])]
     lines += ["With llmkit:", "", f"    llmkit generate --model_name_or_path {repo}{chat}", ""]
     ready = [name for name, kind in known.variants if kind == "gguf"]
     if ready:
         return [*lines, "With llama.cpp:", "", f"    hf download {repo} --include '{ready[0]}/*' --local-dir model",
                 f"    llama-cli -m model/{ready[0]}/*.gguf"]  # fmt: skip
-    if known.kind == "adapter":
-        return [*lines, "With vLLM:", "",
-                f"    vllm serve {known.base_model} --enable-lora --lora-modules tuned={repo}"]  # fmt: skip
-    if known.config.get("model_type") == "llmkit":
+    if is_ours:
         return [*lines, "With vLLM, llama.cpp and all that read Qwen3 or GGUF, without code of ours:", "",
                 f"    llmkit export --model_name_or_path {repo} --to qwen3 --output_dir plain"]  # fmt: skip
     return [*lines, "With vLLM:", "", f"    vllm serve {repo}"]
@@ -324,7 +334,7 @@ def _evaluated(known: Known) -> list[str]:
 def _limits(known: Known) -> list[str]:
     """Each line comes from a fact, or says that there is none."""
     lines = []
-    if known.num_parameters and known.num_parameters < 1e9:
+    if known.kind != "adapter" and known.num_parameters and known.num_parameters < 1e9:
         lines.append(f"It is small ({known.num_parameters:,} parameters): outside its training text expect inventions.")
     if context := _first(known.config, CONTEXT):
         lines.append(f"It reads at most {context:,} tokens at once; what is longer was never seen in training.")
