@@ -177,6 +177,17 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(ready, fake):
     assert len(fake.repos[NAME].commits) == 2 and sorted(fake.repos[NAME].files) == SENT
 
 
+def test_nor_is_an_update_that_deletes(ready, fake, tmp_path):
+    """The second try would delete what the first has deleted, and the Hub refuses that."""
+    template = tmp_path / "pretrain/model/chat_template.jinja"
+    template.write_text("{{ messages }}")
+    push.main(ready())
+    template.unlink()
+    fake.fail("commit", "lost answer")
+    push.main(ready(update=True))
+    assert len(fake.repos[NAME].commits) == 3 and sorted(fake.repos[NAME].files) == SENT
+
+
 def test_a_full_disk_here_sends_nothing(ready, fake, monkeypatch):
     def full(path, content):
         raise UserError(f"{path}: the disk is full, this file was not written; make room")
@@ -244,7 +255,9 @@ def test_a_name_that_the_hub_would_refuse_is_refused_here(name, ready):
 
 def test_a_name_that_is_taken_is_refused_until_asked_to_update(ready, fake, capsys):
     repo = fake.fill(NAME, {"README.md": b"mine", "model.safetensors": b"old", "notes.txt": b"keep"})
-    assert "is taken: it holds 3 files" in refusal(push.main, ready())
+    with pytest.MonkeyPatch.context() as patched:  # known by names and sizes: nothing is hashed for it
+        patched.setattr("llmkit.deploy.files.Item.hashes", None)
+        assert "is taken: it holds 3 files" in refusal(push.main, ready())
     assert len(repo.commits) == 1
     push.main(ready(update=True))
     assert sorted(repo.files) == sorted([*SENT, "notes.txt"]) and repo.files["notes.txt"].content == b"keep"
