@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import re
+import socket
 import threading
 import time
 from collections import Counter
@@ -24,7 +25,7 @@ import yaml
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyz12345678"
 READ_TOKEN = "hf_" + "readonlyabcdefghijklmnopqrstuvwx12"
 GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
-CUT, SLOW, WRONG_BYTES = "cut", "slow", "wrong bytes"
+CUT, SLOW, WRONG_BYTES, LOST = "cut", "slow", "wrong bytes", "the answer is lost"
 
 
 @dataclass
@@ -112,7 +113,7 @@ class FakeHub:
         self.server.server_close()
 
     def fail(self, endpoint: str, fault, times: int = 1) -> None:
-        """A status code, CUT, SLOW or WRONG_BYTES (of what is stored), at the next calls."""
+        """At the next calls: a status code, CUT, SLOW, WRONG_BYTES (of what is stored), LOST (done, never answered)."""
         self.faults.setdefault(endpoint, []).extend([fault] * times)
 
     def count(self) -> Counter:
@@ -137,7 +138,7 @@ class FakeHub:
             time.sleep(1.0)
         if fault == CUT:
             http.close_connection = True
-            http.connection.close()
+            http.connection.shutdown(socket.SHUT_RDWR)
             return
         try:
             if isinstance(fault, int):
@@ -305,9 +306,9 @@ class FakeHub:
             elif line["key"] == "deletedFile" and files.pop(value["path"], None) is None:
                 raise Refused(404, "EntryNotFound", "A file with this name doesn't exist")
         sha = repo.commit(files)
-        if fault == "lost answer":
+        if fault == LOST:
             http.close_connection = True
-            http.connection.close()
+            http.connection.shutdown(socket.SHUT_RDWR)
         return self._json({"commitUrl": f"{self.url}/{repo_id}/commit/{sha}", "commitOid": sha})
 
     def _settings(self, http, body, fault, repo_id):

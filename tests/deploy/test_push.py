@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from deploy.fake_hub import CUT, READ_TOKEN, SLOW, TOKEN, WRONG_BYTES, FakeHub
+from deploy.fake_hub import CUT, LOST, READ_TOKEN, SLOW, TOKEN, WRONG_BYTES, FakeHub
 from example_runs import write_run
 from helpers import tiny_model
 from huggingface_hub import close_session, constants
@@ -172,7 +172,7 @@ def test_one_passing_fault_is_survived_and_said(endpoint, fault, ready, fake, ca
 
 
 def test_a_commit_whose_answer_was_lost_is_not_made_twice(ready, fake):
-    fake.fail("commit", "lost answer")
+    fake.fail("commit", LOST)
     push.main(ready())
     assert len(fake.repos[NAME].commits) == 2 and sorted(fake.repos[NAME].files) == SENT
 
@@ -183,7 +183,7 @@ def test_nor_is_an_update_that_deletes(ready, fake, tmp_path):
     template.write_text("{{ messages }}")
     push.main(ready())
     template.unlink()
-    fake.fail("commit", "lost answer")
+    fake.fail("commit", LOST)
     push.main(ready(update=True))
     assert len(fake.repos[NAME].commits) == 3 and sorted(fake.repos[NAME].files) == SENT
 
