@@ -138,6 +138,8 @@ def _why(error: BaseException, repo_id: str) -> str:
         return said[status]
     if status is not None and status >= 500:
         return f"the Hub has a fault of its own ({status}); run the same command again later"
+    if status is not None:
+        return f"the Hub refused it ({status}): {hide(str(error))[:300]}"
     if _is_timeout(error):
         return f"no answer for {TIMEOUT_S:.0f} s; check the network, then run the same command again"
     cause = error.__cause__ or error

@@ -137,7 +137,12 @@ FAULTS = {
     "wrong hash": ("put", WRONG_BYTES, 1, "did not arrive as it lies here"),
     "wrong bytes in a small file": ("commit", WRONG_BYTES, 1, "did not arrive as it lies here"),
     "disk full there": ("commit", 507, 9, "no room for it"),
-    "card refused": ("validate", WRONG_BYTES, 9, '"license" must be one'),
+    "card refused": (
+        "validate",
+        WRONG_BYTES,
+        9,
+        'the Hub refused it (400): Invalid metadata in README.md. - "license" must be one',
+    ),
     "cannot be made public": ("settings", 500, 9, "a fault of its own (500)"),
     "cannot be listed": ("tree", 500, 99, "a fault of its own (500)"),
 }
