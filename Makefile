@@ -7,7 +7,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_DISABLE_TELEMETRY := 1
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: help setup setup-all tokenizer-toy check-toy inspect-toy check-report data-toy data-medium pretrain-toy sft-toy dpo-toy kto-toy rrhf-toy reward-toy grpo-toy hack-toy overfit-toy report-toy generate-toy export-toy pretrain-shakespeare-char adapt-lora clean-toy lint format test test-fast test-all
+.PHONY: help setup setup-all tokenizer-toy check-toy inspect-toy check-report data-toy data-medium pretrain-toy sft-toy dpo-toy kto-toy rrhf-toy reward-toy grpo-toy hack-toy overfit-toy report-toy generate-toy export-toy push-toy pretrain-shakespeare-char adapt-lora clean-toy lint format test test-fast test-all
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -112,6 +112,9 @@ generate-toy: $(VENV)/core  ## let the toy model write a document
 
 export-toy: $(VENV)/core  ## write the toy model as a plain Qwen3 folder
 	$(BIN)/llmkit export --model_name_or_path runs/toy/pretrain --output_dir runs/toy/pretrain/qwen3 --to qwen3
+
+push-toy: $(VENV)/core runs/toy/pretrain/model  ## what publishing the toy model would send, and its card: nothing is sent
+	$(BIN)/llmkit push recipes/toy/push.yaml
 
 DATA_DIR ?= data
 pretrain-shakespeare-char: $(VENV)/core  ## nanoGPT's classic; DATA_DIR=folder with tiny_shakespeare.txt

@@ -86,8 +86,17 @@ def _verb(words: list[str]) -> tuple[str, list[str]]:
 
 
 def run_verb(verb: str, words: list[str]) -> int:
-    module, cls, _ = VERBS[verb]
-    settings: Any = config.load(cls, words, verb)
+    settings: Any = config.load(VERBS[verb][1], words, verb)
+    pushes = verb in PREFLIGHT and settings.push_to_hub and not launch.is_relaunched() and run.is_main()
+    if pushes:
+        _import("deploy.push").check_access(settings)
+    code = _run_verb(verb, words, settings)
+    if pushes and not code:
+        _import("deploy.push").after(settings)
+    return code
+
+
+def _run_verb(verb: str, words: list[str], settings: Any) -> int:
     if verb in PREFLIGHT:
         if launch.is_wanted(settings):
             return launch.relaunch(settings, verb, words)
@@ -95,7 +104,7 @@ def run_verb(verb: str, words: list[str]) -> int:
             print(f"# llmkit {verb}\n{config.dump(settings)}", flush=True)
             if not settings.skip_checks and (code := preflight(verb, settings)):
                 return code
-    code = _import(module).main(settings)
+    code = _import(VERBS[verb][0]).main(settings)
     return code if isinstance(code, int) else 0  # the verbs that check something give one
 
 

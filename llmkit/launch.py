@@ -53,6 +53,11 @@ def is_wanted(config: PretrainConfig) -> bool:
     return not launched and bool(config.accelerate_config or config.num_processes not in (None, 1))
 
 
+def is_relaunched() -> bool:
+    """This process is a rank of a relaunch: what is done once was done by the process that launched it."""
+    return "LLMKIT_LAUNCHED" in os.environ
+
+
 def find_config(name: str) -> Path:
     """The YAML of a name or path; raises UserError listing what there is."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"

@@ -92,6 +92,11 @@ class TuningConfig:
     report_to: Literal["none", "trackio"] = option("none", "also log there")
     project: str = option("llmkit", "Trackio project")
     run_name: str | None = option(None, "Trackio run; null: the name of output_dir")
+    # the Hub
+    push_to_hub: bool = option(False, "publish the model after the run; write access is checked before step 1")
+    hub_model_id: str | None = option(None, "with push_to_hub: repository on the Hub, e.g. ann/toy-sft")
+    hub_private_repo: bool = option(True, "with push_to_hub: a new repository is private; false: public at the end")
+    license: str | None = option(None, "with push_to_hub: licence of the model, e.g. apache-2.0; null: the parent's")
     # start
     skip_checks: bool = option(False, "start without the checks of tier 0 (seconds), or although one of them fails")
     check_ignore: list = option([], "[{check: NAME, reason: TEXT}]: a fail of that check becomes a warning")

@@ -20,11 +20,11 @@ OURS = {
     "model_type", "config_overrides", "tokenizer_name", "tokenizer_type", "vocab_size", "datasets", "eval_datasets",
     "data_dir", "store_dir", "document_isolation", "muon_learning_rate", "muon_momentum", "ngram_order",
     "sample_prompts", "sample_max_new_tokens", "accelerate_config", "num_processes",
-    "skip_checks", "check_ignore", "overfit", "eval_tasks", "eval_tasks_limit",
+    "skip_checks", "check_ignore", "overfit", "eval_tasks", "eval_tasks_limit", "license",
 }  # fmt: skip
 OURS_IN_TUNING = {
     "datasets", "eval_datasets", "data_dir", "test_split_size", "max_bad_rows", "skip_checks", "check_ignore",
-    "accelerate_config", "num_processes", "passed_on", "eval_tasks", "eval_tasks_limit",
+    "accelerate_config", "num_processes", "passed_on", "eval_tasks", "eval_tasks_limit", "license",
 }  # fmt: skip
 # and of each verb; all else must be spelled as TRL spells it, here or in another of its configs
 OURS_ALONE = {
@@ -116,7 +116,7 @@ def test_an_unknown_key_names_the_nearest(tmp_path):
     assert "help generate" in refusal("--zzz", "1", cls=GenerateConfig, verb="generate")
 
 
-@pytest.mark.parametrize("key", ["label_smoothing_factor", "fsdp", "push_to_hub"])
+@pytest.mark.parametrize("key", ["label_smoothing_factor", "fsdp", "hub_token"])
 def test_a_training_argument_that_we_lack_is_called_that(key):
     assert f"{key!r} is one of TrainingArguments that `llmkit pretrain` does not implement" in refusal(f"--{key}", "1")
 

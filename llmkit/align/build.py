@@ -62,6 +62,7 @@ DEPENDENT: list[tuple[str, Callable[[Any], bool], str]] = [
     ("save_total_limit", lambda c: c.save_steps is not None, "without save_steps"),
     ("num_train_epochs", lambda c: c.max_steps == 0, "with max_steps"),
     ("project run_name", lambda c: c.report_to != "none", "without report_to: trackio"),
+    ("hub_model_id hub_private_repo license", lambda c: c.push_to_hub, "without push_to_hub: true"),
     ("max_new_tokens", lambda c: _has_answers(c), "without eval_answers or eval_samples"),
     ("eval_answers eval_on_start", lambda c: _has_shard(c), "without a validation shard"),
     (
@@ -318,6 +319,7 @@ OWN |= {
     "bf16",
 }
 OWN |= {"gradient_checkpointing", "resume_from_checkpoint", "lr_scheduler_kwargs", "eval_on_start"}
+OWN |= {"push_to_hub", "hub_model_id", "hub_private_repo"}  # pushed whole, after the run
 OWN |= {"load_best_model_at_end", "metric_for_best_model", "greater_is_better"}
 
 

@@ -100,6 +100,7 @@ DEPENDENT: list[tuple[str, Callable[[PretrainConfig], bool], str]] = [
     ("save_total_limit", lambda c: c.save_steps is not None, "without save_steps"),
     ("num_train_epochs", lambda c: c.max_steps == 0, "with max_steps"),
     ("project run_name", lambda c: c.report_to != "none", "without report_to: trackio"),
+    ("hub_model_id hub_private_repo license", lambda c: c.push_to_hub, "without push_to_hub: true"),
     ("trust_remote_code", lambda c: bool(c.model_name_or_path or c.tokenizer_name), "without a model or tokenizer"),
     (
         "vocab_size",
