@@ -23,20 +23,25 @@ ROPE = {"default", "linear", "yarn"}
 YARN_KEYS = {"rope_theta", "rope_type", "factor", "original_max_position_embeddings"}
 
 
+def check_rope(config: PreTrainedConfig) -> None:
+    """Raises Refused for a scaling that is not written."""
+    rope = dict(config.rope_parameters)
+    if rope["rope_type"] not in ROPE:
+        raise Refused(f"to='gguf': rope_type={rope['rope_type']!r} is not written; allowed: {', '.join(sorted(ROPE))}")
+    more = {key for key, value in rope.items() if value is not None} - YARN_KEYS
+    if more:
+        raise Refused(f"to='gguf': {', '.join(sorted(more))} of rope_parameters cannot be written")
+
+
 def _add_rope(writer: Any, config: PreTrainedConfig) -> None:
     import gguf
 
     rope = dict(config.rope_parameters)
     kind = rope["rope_type"]
-    if kind not in ROPE:
-        raise Refused(f"to='gguf': rope_type={kind!r} is not written; allowed: {', '.join(sorted(ROPE))}")
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(rope["rope_theta"])
     if kind == "default":
         return
-    unknown = {key for key, value in rope.items() if value is not None} - YARN_KEYS
-    if unknown:
-        raise Refused(f"to='gguf': {', '.join(sorted(unknown))} of rope_parameters are not written")
     writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
     writer.add_rope_scaling_factor(rope["factor"])
     if kind == "yarn":
@@ -102,7 +107,7 @@ def write(path: Path, model: PreTrainedModel, vocabulary: Vocabulary, outtype: s
         data, kind = _stored(np.ascontiguousarray(array), outtype)
         if outtype == "q8_0" and kind == gguf.GGMLQuantizationType.F16:
             kept.append(key)
-        writer.add_tensor(names.get_name(key, try_suffixes=(".weight",)), data, raw_dtype=kind)
+        writer.add_tensor(str(names.get_name(key, try_suffixes=(".weight",))), data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -153,7 +153,7 @@ def _check_options(state: dict[str, Any], pre: str) -> str | None:
     return normalizer["type"] if normalizer else None
 
 
-def _adds(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+def adds_around(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
     """Whether a text opens with BOS, and closes with EOS. Raises Refused where anything else is added."""
     ids, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     for front in ([], [tokenizer.bos_token_id]):
@@ -178,7 +178,7 @@ def vocabulary_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     state = backend_of(tokenizer)
     pre = pre_tokenizer_name(state)
     normalizer = _check_options(state, pre)
-    adds_bos, adds_eos = _adds(tokenizer)
+    adds_bos, adds_eos = adds_around(tokenizer)
     num_rows = model.get_input_embeddings().weight.shape[0]
     names = {i: token for token, i in tokenizer.get_vocab().items()}
     if max(names) >= num_rows:
