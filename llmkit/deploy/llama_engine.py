@@ -29,6 +29,8 @@ class Engine:
     def __init__(self, path: Path, context: int):
         import llama_cpp
 
+        self.silence = llama_cpp.llama_log_callback(lambda *_: None)  # `verbose` leaves warnings; kept, since C holds it
+        llama_cpp.llama_log_set(self.silence, None)
         self.model: Any = llama_cpp.Llama(
             str(path),
             n_ctx=min(context, MAX_CONTEXT),
@@ -71,6 +73,7 @@ class Engine:
 
 @contextlib.contextmanager
 def opened(path: Path, context: int) -> Iterator[Engine]:
+    """Closed in the end. Raises ValueError for a file that llama.cpp cannot load."""
     engine = Engine(path, context)
     try:
         yield engine

@@ -32,7 +32,7 @@ class Limit:
 
     `engine`: of the logits in llama.cpp, whose sums differ and which in q8_0 rounds activations too.
     Measured on 2 to 24 random layers of width 32 to 768, which amplify more than trained ones do: logits 0, 5e-3 and
-    0.12 (the toy model: 0, 6e-4, 0.015; in llama.cpp 1e-6, 8e-4, 0.021), weights 0, 3e-4 and 8e-3.
+    0.12 (the toy model: 0, 6e-4, 0.015; in llama.cpp 1e-6, 8e-4, 0.021; a GPT-2 there 3e-4), weights 0, 3e-4 and 8e-3.
     """
 
     logits: float
@@ -40,7 +40,7 @@ class Limit:
     engine: float
 
 
-LIMITS = {"f32": Limit(TOLERANCE, 0.0, 1e-3), "f16": Limit(0.02, 1e-2, 0.03), "q8_0": Limit(0.25, 2e-2, 0.4)}
+LIMITS = {"f32": Limit(TOLERANCE, 0.0, 5e-3), "f16": Limit(0.02, 1e-2, 0.03), "q8_0": Limit(0.25, 2e-2, 0.4)}
 
 
 @dataclasses.dataclass(frozen=True)
