@@ -29,7 +29,7 @@ class Engine:
     def __init__(self, path: Path, context: int):
         import llama_cpp
 
-        self.silence = llama_cpp.llama_log_callback(lambda *_: None)  # `verbose` leaves warnings; kept, since C holds it
+        self.silence = llama_cpp.llama_log_callback(lambda *_: None)  # warnings too; C holds it
         llama_cpp.llama_log_set(self.silence, None)
         self.model: Any = llama_cpp.Llama(
             str(path),

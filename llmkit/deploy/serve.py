@@ -44,7 +44,9 @@ def _check_port(host: str, port: int) -> None:
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
             reason = "is taken" if error.errno == errno.EADDRINUSE else "is not allowed to you"
             raise UserError(f"port={port}: {reason} on {host}; choose another, e.g. --port {port + 1}") from None
-        raise UserError(f"host={host!r}: cannot be listened on ({error.strerror or error}); 127.0.0.1 always can") from None
+        raise UserError(
+            f"host={host!r}: cannot be listened on ({error.strerror or error}); 127.0.0.1 always can"
+        ) from None
 
 
 def _check_model(source: Source) -> None:

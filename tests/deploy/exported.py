@@ -1,6 +1,6 @@
 """Small runs to export: a model with redrawn weights, a byte-level BPE with ChatML, as a post-training run leaves them.
 
-    folder = chat_model(tmp_path / "m", qk_norm=False)
+folder = chat_model(tmp_path / "m", qk_norm=False)
 """
 
 from pathlib import Path
@@ -12,7 +12,11 @@ from tiny import CORPUS
 from llmkit.data.template import CHATML
 from llmkit.data.tokenizer import add_bos, train_bpe
 
-TEXTS = [*CORPUS, "def f(x):\n    return x\n", "Where is the cat? The cat is in the house, isn't it? 12 + 34 = 46\n" * 9]
+TEXTS = [
+    *CORPUS,
+    "def f(x):\n    return x\n",
+    "Where is the cat? The cat is in the house, isn't it? 12 + 34 = 46\n" * 9,
+]
 
 
 def bpe(template: str | None = CHATML) -> Any:

@@ -287,21 +287,29 @@ def redraw_lora(model):
 
 def _fake_checkout(folder, script):
     folder.mkdir()
-    (folder / gguf_export.CONVERTER).write_text("import shutil, sys\nout = sys.argv[sys.argv.index('--outfile') + 1]\n" + script)
+    (folder / gguf_export.CONVERTER).write_text(
+        "import shutil, sys\nout = sys.argv[sys.argv.index('--outfile') + 1]\n" + script
+    )
     return folder
 
 
 def test_others_go_through_llama_cpps_converter_and_are_compared_all_the_same(tmp_path, capsys):
     """The file is what our writer makes of the same weights; a converter that takes other weights is found out."""
-    redraw(llama(vocab_size=424, hidden_size=64, rope_parameters=YARN | {"beta_fast": 32.0}), std=0.2).save_pretrained(tmp_path / "m")
+    redraw(llama(vocab_size=424, hidden_size=64, rope_parameters=YARN | {"beta_fast": 32.0}), std=0.2).save_pretrained(
+        tmp_path / "m"
+    )
     redraw(llama(vocab_size=424, hidden_size=64, rope_parameters=YARN), std=0.2).save_pretrained(tmp_path / "same")
-    redraw(llama(vocab_size=424, hidden_size=64, rope_parameters=YARN), seed=1, std=0.2).save_pretrained(tmp_path / "other")
+    redraw(llama(vocab_size=424, hidden_size=64, rope_parameters=YARN), seed=1, std=0.2).save_pretrained(
+        tmp_path / "other"
+    )
     for name in ("m", "same", "other"):
         bpe().save_pretrained(tmp_path / name)
     assert "--llama_cpp_dir CHECKOUT_OF_LLAMA_CPP" in refused(tmp_path / "m", tmp_path, capsys)
     for name in ("same", "other"):
         assert export(tmp_path / name, tmp_path / f"made_{name}") == 0
-        _fake_checkout(tmp_path / f"cpp_{name}", f"shutil.copy({str(tmp_path / f'made_{name}/{name}-f16.gguf')!r}, out)")
+        _fake_checkout(
+            tmp_path / f"cpp_{name}", f"shutil.copy({str(tmp_path / f'made_{name}/{name}-f16.gguf')!r}, out)"
+        )
     capsys.readouterr()
     assert export(tmp_path / "m", tmp_path / "good", llama_cpp_dir=tmp_path / "cpp_same") == 0
     assert "by llama.cpp's convert_hf_to_gguf.py" in capsys.readouterr().out
