@@ -3,7 +3,8 @@
 Owns who writes (our writer, or llama.cpp's converter) and who reads back: transformers always, llama.cpp where the
 package llama_cpp is installed.   metrics, lines = write_gguf(config, loaded)
 
-Leaves out 4 bit and smaller: llama.cpp's own `llama-quantize` makes them of the f16 file.
+Costs the memory of two models in float32. Leaves out 4 bit and smaller: llama.cpp's own `llama-quantize` makes them
+of the f16 file.
 """
 
 import contextlib

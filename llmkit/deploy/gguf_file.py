@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..model.convert import TARGETS
@@ -115,12 +116,20 @@ def write(path: Path, model: PreTrainedModel, vocabulary: Vocabulary, outtype: s
     return kept
 
 
+def metadata(path: Path) -> dict[str, Any]:
+    """All there is but the vocabulary, which is long."""
+    import gguf
+
+    long = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.token_type", "tokenizer.ggml.scores")
+    fields = gguf.GGUFReader(path).fields
+    return {key: field.contents() for key, field in fields.items() if key not in long}
+
+
 def config_of(path: Path) -> PreTrainedConfig:
     """What the metadata of one of our files says; transformers' reader guesses the size of a head and drops RoPE's."""
     import gguf
 
-    reader = gguf.GGUFReader(path)
-    found = {key: field.contents() for key, field in reader.fields.items()}
+    reader, found = gguf.GGUFReader(path), metadata(path)
     arch = found["general.architecture"]
     said = {key.removeprefix(f"{arch}."): value for key, value in found.items()}
     rope = {"rope_type": said.get("rope.scaling.type", "default"), "rope_theta": said["rope.freq_base"]}
@@ -150,4 +159,9 @@ def read(path: Path, config: PreTrainedConfig | None = None) -> tuple[PreTrained
         path.parent, config=config or config_of(path), dtype=torch.float32, **where
     )
     # not AutoTokenizer: for Qwen3 it takes a class that composes accents first, which neither ours nor llama.cpp does
-    return model.eval(), PreTrainedTokenizerFast.from_pretrained(path.parent, **where)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, **where)
+    if metadata(path).get("tokenizer.ggml.pre") == "smollm":  # the reader does not know it, and splits as GPT-2 does
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend = tokenizer.backend_tokenizer
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return model.eval(), tokenizer

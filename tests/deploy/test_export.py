@@ -102,6 +102,14 @@ def test_gguf_in_f32_gives_equal_logits_through_transformers_reader(qk_norm, sha
     assert tokenizer("a")["input_ids"] == bpe()("a")["input_ids"] and tokenizer.bos_token == "<|bos|>"
 
 
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "smollm"])
+def test_other_pre_tokenizers_that_llama_cpp_knows_are_named(pre, tmp_path, capsys):
+    source = chat_model(tmp_path / "m", bpe(pre=pre), qk_norm=False)
+    assert export(source, tmp_path / "out", outtype="f32") == 0
+    assert "the same ids on 25 texts" in capsys.readouterr().out
+    assert gguf_file.metadata(tmp_path / "out/m-f32.gguf")["tokenizer.ggml.pre"] == pre
+
+
 def test_gguf_says_what_llama_cpp_goes_by(tmp_path):
     import gguf
 

@@ -38,6 +38,17 @@ def greedy(model, ids, count, ends):
     return new
 
 
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "smollm"])
+def test_ids_are_the_same_behind_every_pre_tokenizer_that_we_name(pre, tmp_path):
+    tokenizer = bpe(pre=pre)
+    source = chat_model(tmp_path / "m", tokenizer, qk_norm=False)
+    argv = ["export", "--model_name_or_path", str(source), "--to", "gguf", "--output_dir", str(tmp_path / "out")]
+    assert cli.main(argv) == 0
+    with llama_engine.opened(tmp_path / "out/m-f16.gguf", 128) as engine:
+        for text in [*TEXTS[:50], "In 2026, 12345 cats; x=3.14\n\n\n  y\t'LL it's", "naïve – ½ ²³ ٣٤٥ 你好"]:
+            assert engine.encode(text, True) == tokenizer(text)["input_ids"], text
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_20_prompts_give_the_same_text_in_f32(shape, tmp_path, capsys):
     source, tokenizer = chat_model(tmp_path / "m", **shape), bpe()

@@ -13,10 +13,12 @@ from llmkit.deploy.modelfile import modelfile
 ENDS = ["<|im_end|>", "<|endoftext|>"]
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
-    "{% elif m['role'] == 'assistant' %}{{ m['content'] }}</s>{% else %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] }}</s>{% else %}{{ raise_exception('no') }}"
+    "{% endif %}{% endfor %}"
 )
 LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}<|head|>{{ m['role'] }}<|end|>\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}<|head|>{{ m['role'] }}<|end|>\n\n{{ m['content'] | trim }}<|eot|>"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|head|>assistant<|end|>\n\n{% endif %}"
 )
 BRACES = (
@@ -36,7 +38,7 @@ CHATS = [
 
 
 def go(template, messages):
-    """`{{ range .Messages }}{{ if eq .Role "x" }}..{{ else if ..}}..{{ end }}{{ end }}`, .Content and quoted strings."""
+    """`range .Messages`, in it `if eq .Role "x"`, `else if` and `end`; .Content and quoted strings."""
 
     def text(part, message=None):
         part = re.sub(r"\{\{ \.Content \}\}", lambda _: message["content"], part)
