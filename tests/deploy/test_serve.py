@@ -70,6 +70,26 @@ def test_ports_hosts_and_missing_packages_are_one_line(plain, monkeypatch, capsy
     assert "needs openai_that_is_not_there: `pip install 'transformers[serving]'`" in line
 
 
+def test_a_server_that_does_not_start_is_one_line_and_an_open_host_is_warned_of(plain, tmp_path, monkeypatch, capsys):
+    started = []
+
+    def fails(argv, env):
+        started.append((argv, env))
+        return right([sys.executable, "-c", "raise SystemExit(3)"])
+
+    right = subprocess.Popen
+    monkeypatch.setattr(serve.subprocess, "Popen", fails)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "home/hub"))
+    argv = ["serve", "--model_name_or_path", str(plain), "--host", "0.0.0.0", "--port", str(free_port()), "--use_cpu"]
+    assert cli.main(argv) == 2
+    found = capsys.readouterr()
+    assert "`transformers serve` ended with exit code 3" in found.err
+    assert found.out.startswith("warning   host=0.0.0.0: whoever reaches this machine may ask")
+    words, env = started[0]
+    assert words[3:5] == ["serve", str(plain)] and words[words.index("--device") + 1] == "cpu"
+    assert env["HF_HUB_OFFLINE"] == "1" and (tmp_path / "home/hub").is_dir()
+
+
 @pytest.mark.slow
 def test_the_server_answers_as_it_says_and_ends_with_us(plain, tmp_path):
     pytest.importorskip("openai", reason="transformers[serving] is not installed")
