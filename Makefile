@@ -110,8 +110,10 @@ runs/toy/dpo/model:
 generate-toy: $(VENV)/core  ## let the toy model write a document
 	$(BIN)/llmkit generate --model_name_or_path runs/toy/pretrain
 
-export-toy: $(VENV)/core  ## write the toy model as a plain Qwen3 folder
-	$(BIN)/llmkit export --model_name_or_path runs/toy/pretrain --output_dir runs/toy/pretrain/qwen3 --to qwen3
+export-toy: $(VENV)/all runs/toy/pretrain/model  ## write the toy model as a plain Qwen3 folder, and as GGUF for llama.cpp and Ollama
+	rm -rf runs/toy/export
+	$(BIN)/llmkit export --model_name_or_path runs/toy/pretrain --output_dir runs/toy/export/qwen3 --to qwen3
+	$(BIN)/llmkit export --model_name_or_path runs/toy/pretrain --output_dir runs/toy/export/gguf --to gguf
 
 push-toy: $(VENV)/core runs/toy/pretrain/model  ## what publishing the toy model would send, and its card: nothing is sent
 	$(BIN)/llmkit push recipes/toy/push.yaml

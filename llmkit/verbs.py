@@ -296,8 +296,8 @@ class ExportConfig:
     model_name_or_path: str = required("run folder, model folder, or adapter folder, which is merged")
     to: str = option("qwen3", "qwen3; llama for a model without QK-norm; gguf for llama.cpp, Ollama, LM Studio")
     output_dir: str = required("folder to write; must not exist")
-    outtype: Literal["f32", "f16", "q8_0"] = option(
-        "f16", "with to=gguf: numbers of the matrices, in llama.cpp's words"
+    outtype: Literal["f32", "f16", "q8_0"] | None = option(
+        None, "with to=gguf: numbers of the matrices, in llama.cpp's words; null: f16"
     )
     llama_cpp_dir: str | None = option(
         None, "with to=gguf: a checkout of llama.cpp, whose converter takes models that are not ours"

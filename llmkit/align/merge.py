@@ -168,7 +168,7 @@ def _tokenizer(config: MergeConfig, folder: Path, path: str) -> tuple[PreTrained
     return load_tokenizer(str(folder) if has_own else path, config.trust_remote_code, "model_name_or_path"), has_own
 
 
-def _set_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def set_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """What the adapter's run decided about where an answer ends."""
     text_config = model.config.get_text_config()
     text_config.eos_token_id, text_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -248,7 +248,7 @@ def main(config: MergeConfig) -> Result:
     merged = _cast(merged, dtype)
     merged.config.use_cache = True
     if has_own:
-        _set_special_ids(merged, tokenizer, folder)
+        set_special_ids(merged, tokenizer, folder)
     rounded = _write(config, merged, tokenizer, logits, rows, device)
     metrics |= {"num_parameters": sum(p.numel() for p in merged.parameters()), "rounding_max": rounded.max}
     if dtype != torch.float32:
