@@ -114,7 +114,7 @@ def write_gguf(config: ExportConfig, loaded: Loaded) -> tuple[dict[str, Any], li
 
 def _modelfile(loaded: Loaded, file: str) -> tuple[str, list[str]]:
     tokenizer: Any = loaded.tokenizer
-    ends = tokenizer.convert_ids_to_tokens(ends_of_generation(loaded.model, tokenizer))
+    ends = [tokenizer.decode([i]) for i in ends_of_generation(loaded.model, tokenizer)]
     context = getattr(loaded.model.config, "max_position_embeddings", None)
     return modelfile(file, tokenizer, ends, adds_around(tokenizer)[0], context)
 
