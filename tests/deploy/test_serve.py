@@ -54,6 +54,8 @@ def test_what_cannot_be_served_is_refused_with_what_to_do(plain, tmp_path, capsy
     (tmp_path / "gguf").mkdir()
     (tmp_path / "gguf/m.gguf").touch()
     assert "`llama-server -m " in the_line(["--model_name_or_path", tmp_path / "gguf"], capsys)
+    (tmp_path / "gguf/config.json").write_text('{"architectures": ["GPT2ForSequenceClassification"]}')  # a model, too
+    assert "GPT2ForSequenceClassification, which" in the_line(["--model_name_or_path", tmp_path / "gguf"], capsys)
     assert "model_name_or_path is missing" in the_line([], capsys)
     assert "no such folder" in the_line(["--model_name_or_path", "./nowhere"], capsys)
 
@@ -73,7 +75,8 @@ def test_ports_hosts_and_missing_packages_are_one_line(plain, monkeypatch, capsy
 def test_a_server_that_does_not_start_is_one_line_and_an_open_host_is_warned_of(plain, tmp_path, monkeypatch, capsys):
     started = []
 
-    def fails(argv, env):
+    def fails(argv, env, stdin):
+        assert stdin == subprocess.PIPE  # whose end tells the server that we are gone
         started.append((argv, env))
         return right([sys.executable, "-c", "raise SystemExit(3)"])
 
@@ -88,6 +91,32 @@ def test_a_server_that_does_not_start_is_one_line_and_an_open_host_is_warned_of(
     words, env = started[0]
     assert words[3:5] == ["serve", str(plain)] and words[words.index("--device") + 1] == "cpu"
     assert env["HF_HUB_OFFLINE"] == "1" and (tmp_path / "home/hub").is_dir()
+
+
+def test_an_address_of_ipv6_is_in_brackets(plain, monkeypatch, capsys):
+    monkeypatch.setattr(serve, "_check_port", lambda *_: None)
+    monkeypatch.setattr(serve, "_is_up", lambda *_: True)
+    ends = subprocess.Popen([sys.executable, "-c", ""])
+    monkeypatch.setattr(serve.subprocess, "Popen", lambda *_, **__: ends)
+    assert cli.main(["serve", "--model_name_or_path", str(plain), "--host", "::1"]) == 0
+    out = capsys.readouterr().out
+    assert "serving   http://[::1]:8000/v1 in" in out and "curl http://[::1]:8000/v1/chat/completions " in out
+
+
+def test_the_server_ends_when_we_are_gone(tmp_path):
+    """After kill -9, or when the terminal is closed, a server used to stay and hold its port."""
+    (tmp_path / "transformers/cli").mkdir(parents=True)
+    for folder in ("transformers", "transformers/cli"):
+        (tmp_path / folder / "__init__.py").touch()
+    (tmp_path / "transformers/cli/transformers.py").write_text(
+        "import sys, time\nprint(sys.argv[1:], flush=True)\ntime.sleep(60)\n"
+    )
+    argv = [sys.executable, "-c", serve.SERVER, "serve", "m"]
+    server = subprocess.Popen(argv, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert server.stdout.readline() == b"['serve', 'm']\n"
+    assert server.poll() is None
+    server.stdin.close()
+    assert server.wait(10) == -signal.SIGTERM
 
 
 @pytest.mark.slow
