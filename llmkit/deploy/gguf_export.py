@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import model as ours
-from ..align.merge import Difference, get_logits
+from ..align.merge import TOLERANCE, Difference, compare, get_logits
 from ..config import UserError
 from ..data.tokenizer import save_tokenizer
 from ..model.convert import TARGETS, from_plain, to_plain
@@ -133,7 +133,7 @@ def _compare(
     loaded: Loaded, plain: PreTrainedModel | None, path: Path, outtype: str, vocabulary: Vocabulary | None, what: str
 ) -> tuple[dict[str, Any], list[str]]:
     """Figures and lines of all comparisons there are. Raises UserError where one fails."""
-    probe = parity.probe_of(loaded.model, loaded.tokenizer)
+    probe = reference = parity.probe_of(loaded.model, loaded.tokenizer)
     limit, normalizer = parity.LIMITS[outtype], normalizer_of(loaded.tokenizer)
     metrics: dict[str, Any] = {}
     lines: list[str] = []
@@ -146,25 +146,27 @@ def _compare(
         lines.append(f"logits    not compared: transformers cannot read it ({str(error).splitlines()[0]})")
     else:
         worst = parity.check_weights(plain or loaded.model, again, limit.weights, what)
-        found = parity.check_logits(probe, get_logits(again, probe.rows), limit.logits, what)
+        reference, logits = parity.rounded(probe, plain or loaded.model, again), get_logits(again, probe.rows)
+        parity.check_logits(reference, logits, TOLERANCE, what)
+        found = compare(probe.logits, logits)
         num_texts, num_chats = parity.check_tokens(loaded.tokenizer, tokenizer, what, normalizer)
         lines += [_line("transformers", found), parity.say_tokens(num_texts, num_chats)]
         metrics |= {"max_logit_difference": found.max, "mean_logit_difference": found.mean, "top1": found.top1}
         metrics |= {"max_weight_difference": worst, "num_texts": num_texts, "num_chats": num_chats}
     if llama_engine.is_installed():
-        found = _compare_in_llama_cpp(loaded, path, probe, limit.engine, normalizer, f"{what} in llama.cpp")
+        logits = _logits_in_llama_cpp(loaded, path, probe.rows, normalizer, f"{what} in llama.cpp")
+        parity.check_logits(reference, logits, limit.engine, f"{what} in llama.cpp")
+        found = compare(probe.logits, logits)
         lines.append(_line("llama.cpp", found))
         metrics |= {"llama_cpp_max_logit_difference": found.max, "llama_cpp_top1": found.top1}
     return metrics, lines
 
 
-def _compare_in_llama_cpp(
-    loaded: Loaded, path: Path, probe: parity.Probe, limit: float, normalizer: str | None, what: str
-) -> Difference:
-    with llama_engine.opened(path, max(row.shape[1] for row in probe.rows)) as engine:
+def _logits_in_llama_cpp(loaded: Loaded, path: Path, rows: list[Tensor], normalizer: str | None, what: str) -> Tensor:
+    """(N, V), after the ids were compared. Raises UserError."""
+    with llama_engine.opened(path, max(row.shape[1] for row in rows)) as engine:
         parity.check_ids(loaded.tokenizer, engine.encode, what, normalizer)
-        logits: Tensor = engine.logits(probe.rows)
-    return parity.check_logits(probe, logits, limit, what)
+        return engine.logits(rows)
 
 
 @contextlib.contextmanager

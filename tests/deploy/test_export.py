@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from llmkit import cli
 from llmkit.data.tokenizer import train_char
-from llmkit.deploy import gguf_export, gguf_file, parity
+from llmkit.deploy import gguf_export, gguf_file
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
@@ -164,15 +164,24 @@ def test_rows_in_the_wrong_order_are_refused(tmp_path, monkeypatch, capsys):
     source = chat_model(tmp_path / "m", qk_norm=False)
     monkeypatch.setattr(gguf_file, "_interleaved", lambda weight, heads: weight)
     assert "q_proj.weight is " in refused(source, tmp_path, capsys, outtype="q8_0")
-    monkeypatch.setattr(parity, "check_weights", lambda *_: 0.0)
+
+
+@pytest.mark.parametrize("key, factor", [("add_rope_freq_base", 1.1), ("add_layer_norm_rms_eps", 10)])
+def test_a_wrong_setting_is_refused_in_8_bit_too(key, factor, tmp_path, monkeypatch, capsys):
+    """It moves logits less than 8 bit do (0.03 of their deviation), and passed with them."""
+    import gguf
+
+    right = getattr(gguf.GGUFWriter, key)
+    monkeypatch.setattr(gguf.GGUFWriter, key, lambda self, value: right(self, value * factor))
+    source = chat_model(tmp_path / "m", rms_norm_eps=1e-3)
     assert "logits of " in refused(source, tmp_path, capsys, outtype="q8_0")
 
 
 @pytest.mark.parametrize(
     "fault, expected",
     [
-        ({"pre": "gpt-2"}, "token ids of "),
-        ({"adds_bos": False}, "token ids of "),
+        ({"pre": "gpt-2"}, " differ on 'tabs and indents': 'def f():\\n\\tif x:\\n\\t\\treturn 1"),
+        ({"adds_bos": False}, " goes on after 0 with [0"),
         ({"template": "{{ messages[0]['content'] }}"}, "renders "),
         ({"template": None}, "lacks the chat template"),
     ],
