@@ -7,6 +7,7 @@ Leaves out everything heavy: a verb's module is imported when the verb runs.
 """
 
 import dataclasses
+import errno
 import importlib
 import os
 import select
@@ -252,7 +253,8 @@ def main(argv: list[str] | None = None) -> int:
         launch.say_error(" ".join(["llmkit:", *str(error).split("\n")]))  # one line, whatever a library put into it
         return 2
     except OSError as error:
-        if not (run.is_disk_full(error) or isinstance(error, (NotADirectoryError, PermissionError))):
+        cannot_write = isinstance(error, (NotADirectoryError, FileExistsError, PermissionError))
+        if not (run.is_disk_full(error) or cannot_write or error.errno == errno.EROFS):
             raise
         reason = "the disk is full" if run.is_disk_full(error) else error.strerror
         launch.say_error(f"llmkit: {error.filename or 'writing'}: {reason}; make room or choose another folder")

@@ -4,6 +4,7 @@ loaded = load_merged(find(config.model_name_or_path), torch.float32);  loaded.mo
 """
 
 import dataclasses
+import os
 from pathlib import Path
 
 import torch
@@ -23,8 +24,8 @@ class Loaded:
 
     @property
     def name(self) -> str:
-        """Of the run, else of the folder: runs/toy/sft -> sft."""
-        return (self.source.run or Path(self.source.path.rstrip("/"))).name
+        """Of the run, else of the folder, which may be `.`: runs/toy/sft -> sft."""
+        return os.path.basename(os.path.abspath(self.source.run or self.source.path))
 
 
 def _refuse_quantized(source: Source) -> None:

@@ -1,5 +1,6 @@
 """An export computes, splits and renders as its model does, in code that is not ours; else it is not there."""
 
+import errno
 import json
 import os
 import shlex
@@ -289,6 +290,26 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
     assert "the disk is full" in refused(chat_model(tmp_path / "m"), tmp_path, capsys)
+
+
+def test_a_place_where_nothing_can_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    """A file where a folder should be; a read-only file system."""
+    source = chat_model(tmp_path / "m")
+    (tmp_path / "file").touch()
+    assert export(source, tmp_path / "file/out") == 2
+    assert capsys.readouterr().err == f"llmkit: {tmp_path}/file: File exists; make room or choose another folder\n"
+
+    def read_only(**_):
+        raise OSError(errno.EROFS, "Read-only file system", "out")
+
+    monkeypatch.setattr("llmkit.run.tempfile.mkdtemp", read_only)
+    assert "out: Read-only file system; make room or choose another folder" in refused(source, tmp_path, capsys)
+
+
+def test_the_folder_that_one_is_in_has_a_name_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(chat_model(tmp_path / "m"))
+    assert export(".", "../out") == 0
+    assert (tmp_path / "out/m-f16.gguf").is_file()
 
 
 def test_models_that_are_no_plain_causal_lm_are_refused_in_one_line(tmp_path, capsys):

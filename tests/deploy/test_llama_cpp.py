@@ -72,3 +72,21 @@ def test_20_prompts_give_the_same_text_in_f32(shape, tmp_path, capsys):
         assert {i for i in range(len(tokenizer)) if engine.ends(i)} == ends
         assert [engine.greedy(ids, 64) for ids in prompts] == ours
     assert [greedy(again, ids, 64, ends) for ids in prompts] == ours
+
+
+def test_a_chat_is_rendered_from_the_file_and_opens_with_one_bos(tmp_path):
+    """By messages, as people ask it: template and BOS are llama.cpp's business then."""
+    source, tokenizer = chat_model(tmp_path / "m"), bpe()
+    argv = ["export", "--model_name_or_path", str(source), "--to", "gguf", "--output_dir", str(tmp_path / "out")]
+    assert cli.main([*argv, "--outtype", "f32"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(source)
+    chat = [("system", "be brief"), ("user", "Where is the cat?"), ("assistant", "In the house"), ("user", "Is it?")]
+    with llama_engine.opened(tmp_path / "out/m-f32.gguf", 128) as engine:
+        for turns in (chat[1:2], chat[:2], chat[1:], chat):
+            messages = [{"role": role, "content": content} for role, content in turns]
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+            found = engine.model.create_chat_completion(messages, temperature=0, max_tokens=8)
+            assert found["usage"]["prompt_tokens"] == len(ids)
+            new = greedy(model, ids, 8, set(ends_of_generation(model, tokenizer)))
+            whole = b"".join(engine.model.detokenize([i]) for i in new)
+            assert found["choices"][0]["message"]["content"] == whole.decode(errors="ignore")
