@@ -27,13 +27,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import UserError
 from ..data.tokenizer import bos_id
 from ..evaluate.columns import manifest_of, run_of
-from ..hardware import cpu_seconds, detect
+from ..hardware import cpu_seconds, detect, use_threads
 from ..run import Result, quiet_libraries
 from ..verbs import GenerateConfig
 from .decode import LeanDecoder, lean_refusal
 from .loading import find
 from .sampling import Continuation, Settings, Tell, settings_for, write, write_batch
 
+THREAD_SHARE = 100.0  # a token reads every weight once and waits for memory: a thread for 20 M of them, not for 1,000 M
 SHADES = ((0.9, "green"), (0.5, "cyan"), (0.1, "yellow"), (0.0, "red"))  # probability from which, colour
 # key, what its value must be, how to say it
 BOUNDS: list[tuple[str, Callable[[Any], bool], str]] = [
@@ -253,6 +254,7 @@ def prepare(config: GenerateConfig) -> Job:
     tokenizer = source.load_tokenizer()
     device = detect(config.use_cpu)
     model = source.load(device=device.type)
+    use_threads(device, sum(p.numel() for p in model.parameters()) * THREAD_SHARE)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams")
     chosen = {name: getattr(config, name) for name in names}
     settings = settings_for(
