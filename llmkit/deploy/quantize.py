@@ -340,7 +340,7 @@ def measure(job: Job, run: Run) -> tuple[dict[str, dict[str, Any]], dict[str, An
         except ValueError as error:
             raise UserError(f"{name}: {error}; check weights and dtype") from None
         shards[name] = _shard(found["quantized"], passages.entropy_nats)
-        say(f"{name:<9} {_told(found[''])}", markup=False)
+        say(f"{name:<9} {_told(found['quantized'])}", markup=False)
         if packed:
             unpacked[name] = found["unpacked"].ratio
     if packed:
