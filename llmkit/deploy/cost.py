@@ -3,7 +3,7 @@
     scores = compare_on(original, {"quantized": model}, passages, batch_size=16, pad=0);  scores["quantized"].ratio
 
 Everything is measured on both models and on the same text. Tokens per second are of batch 1, the models in turn, the
-median of the rounds. Memory is that of a fresh process which loads one model: `python -m llmkit.deploy.cost FOLDER cpu`.
+median of the rounds. Memory is that of a fresh process with one model: `python -m llmkit.deploy.cost FOLDER cpu 0`.
 Leaves out which text (passages.py) and how a model became smaller (quantize.py).
 """
 
@@ -38,7 +38,7 @@ ROUNDS, NEW_TOKENS, PREFILL = 5, 32, 256
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one model against the original, on one shard; `low` and `high` hold 95 % of ratios over resampled documents."""
+    """Of one model against the original, on one shard; `low` and `high` hold 95 % of resampled documents' ratios."""
 
     loss: float  # nats per token
     original_loss: float
@@ -52,9 +52,7 @@ class Cost:
 
 
 @torch.no_grad()
-def compare_on(
-    original: Any, others: dict[str, Any], passages: Passages, batch_size: int, pad: int
-) -> dict[str, Cost]:
+def compare_on(original: Any, others: dict[str, Any], passages: Passages, batch_size: int, pad: int) -> dict[str, Cost]:
     """By name of the other model. Raises ValueError where a loss is not finite."""
     assert "original" not in others, "a name of ours"
     nats = {name: np.zeros(passages.num_documents) for name in ("original", *others)}
@@ -82,18 +80,14 @@ def compare_on(
         if not np.isfinite(found).all():
             raise ValueError(f"the loss of the {name} model is not finite on some documents")
     total = counts.sum()
-    return {
-        name: _cost(nats[name], nats["original"], counts, agree[name] / total, kl[name] / total) for name in others
-    }
+    return {name: _cost(nats[name], nats["original"], counts, agree[name] / total, kl[name] / total) for name in others}
 
 
 def _cost(nats: NDArray, original: NDArray, counts: NDArray, agreement: float, kl: float) -> Cost:
     pair = compare([nats], [original], higher_is_better=False, weights=[counts])
     total = counts.sum()
     ratio, low, high = (math.exp(value) for value in (pair.difference, pair.low, pair.high))
-    return Cost(
-        nats.sum() / total, original.sum() / total, ratio, low, high, agreement, kl, len(counts), int(total)
-    )
+    return Cost(nats.sum() / total, original.sum() / total, ratio, low, high, agreement, kl, len(counts), int(total))
 
 
 def _pad(rows: list[list[int]], value: int) -> Tensor:
@@ -141,9 +135,7 @@ def measure_speed(models: dict[str, Any], row: list[int]) -> dict[str, dict[str,
             found = {"decode": decode(model), "prefill": prefill(model)}
             for what, rate in found.items():
                 rates[name][what] += [rate] if turn else []  # the first warms up: packing, kernels
-    return {
-        name: {what: statistics.median(values) for what, values in found.items()} for name, found in rates.items()
-    }
+    return {name: {what: statistics.median(values) for what, values in found.items()} for name, found in rates.items()}
 
 
 def _timed(device: torch.device, work: Callable[[], object]) -> float:

@@ -3,15 +3,13 @@
     llmkit quantize recipes/toy/quantize_4bit.yaml
 
 Owns the verb, from top to bottom: source -> which layers -> quantise and write -> read back -> measure both -> verdict.
-What is measured is the folder as anyone loads it. On a CPU with AVX512-BF16, bitsandbytes (0.50) then repacks 4-bit
-layers at their first use and computes in bfloat16, which ends in an error where sizes are no multiples of 32 (out) and
-64 (in): such layers stay as they are, whatever this machine is, so that the folder runs everywhere.
+What is measured is the folder as anyone loads it, on this machine: a CPU with AVX512-BF16 repacks 4-bit layers at their
+first use and computes in bfloat16, other machines do not, so that both figures are told.
 Leaves out other methods (GPTQ, AWQ, GGUF) and quantised training (`llmkit sft` with load_in_4bit).
 """
 
 import contextlib
 import dataclasses
-import difflib
 import importlib.util
 import math
 import tempfile
@@ -23,8 +21,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..align.lora import keep_unpacked
 from ..config import UserError
@@ -35,33 +31,13 @@ from ..report.markup import size_text
 from ..run import Result, Run, check_output_dir, quiet_libraries, written_beside
 from ..verbs import MergeConfig, QuantizeConfig
 from .cost import Cost, compare_on, measure_speed, plain_load, resident_growth
+from .layers import Plan, bits_config, method, plan_layers, sizes_of
 from .loading import Source, find
 from .passages import Passages, find_passages
 
 LIMITS = {8: 1.01, 4: 1.05}  # of the perplexity ratio
-OUT, IN = 32, 64  # what the sizes of a packed 4-bit layer divide by
+SAME_SPEED = 1.1  # ratio of medians up to which two models are as fast as each other: what the machine itself varies
 FOUR_BIT_KEYS = ("bnb_4bit_quant_type", "use_bnb_nested_quant")
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Which linear layers are quantised, and why the others are not, by name."""
-
-    quantized: list[str]
-    left: dict[str, str]
-    skip_modules: list[str]  # as the config needs them; given, transformers leaves out its own default (the head)
-
-    def told(self) -> str:
-        """Reasons with the names they hold for, the same layer of every block told once."""
-        groups: dict[str, dict[str, int]] = {}
-        for name, reason in self.left.items():
-            short = ".".join("*" if part.isdigit() else part for part in name.split("."))
-            group = groups.setdefault(reason, {})
-            group[short] = group.get(short, 0) + 1
-        return "; ".join(
-            f"{', '.join(f'{count} x {name}' if count > 1 else name for name, count in names.items())} ({reason})"
-            for reason, names in groups.items()
-        )
 
 
 # ---- source
@@ -87,7 +63,7 @@ def check(config: QuantizeConfig) -> Source:
     if source.is_quantized:
         what = f"is an adapter on {source.base!r}, which is" if source.is_adapter else "is"
         raise UserError(
-            f"model_name_or_path={source.name!r}: {what} stored in quantised form already; name the model it was made of"
+            f"model_name_or_path={source.name!r}: {what} stored in quantised form already; name the original model"
         )
     if source.manifest.get("stage") == "reward":
         raise UserError(f"model_name_or_path={source.name!r}: is a reward model; allowed: models that write text")
@@ -114,117 +90,7 @@ def _plain_folder(source: Source, config: QuantizeConfig) -> Iterator[str]:
         yield f"{work}/model"
 
 
-# ---- which layers
-
-
-def plan_layers(model: PreTrainedModel, config: QuantizeConfig) -> Plan:
-    """Raises UserError for a name to skip that fits nothing, and where no layer is left to quantise."""
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    linear = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
-    for skipped in config.llm_int8_skip_modules:
-        if all(should_convert_module(name, [str(skipped)]) for name in linear):
-            near = difflib.get_close_matches(str(skipped), sorted({n.rpartition(".")[2] for n in linear}), 3, 0.3)
-            raise UserError(
-                f"llm_int8_skip_modules: {skipped!r} is no linear layer of {type(model).__name__}; "
-                f"nearest: {', '.join(near) or ', '.join(list(linear)[:3])}"
-            )
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    heads = {name for name, module in model.named_modules() if head is not None and module is head}
-    left = {name: "embedding" for name, module in model.named_modules() if module is embedding}
-    narrow: list[str] = []
-    for name, module in linear.items():
-        if name in heads:
-            left[name] = "head, tied to the embedding" if head.weight is embedding.weight else "head"
-        elif not should_convert_module(name, [str(skipped) for skipped in config.llm_int8_skip_modules]):
-            left[name] = "llm_int8_skip_modules"
-        elif config.load_in_4bit and (why := _does_not_divide(module)):
-            left[name] = why
-            narrow.append(name)
-    quantized = [name for name in linear if name not in left]
-    held = {id(p) for name in (*linear, *left) for p in model.get_submodule(name).parameters()}
-    left |= {
-        name: "no linear layer" for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in held
-    }  # experts in one tensor, learnt positions
-    if not quantized:
-        told = Plan([], left, []).told()
-        raise UserError(
-            f"model_name_or_path={config.model_name_or_path!r}: no layer can be quantised in "
-            f"{'4' if config.load_in_4bit else '8'} bit: {told}"
-            + ("; --load_in_8bit takes any width" if narrow else "")
-        )
-    kept = [str(skipped) for skipped in config.llm_int8_skip_modules] + _as_patterns(narrow, quantized, model)
-    return Plan(quantized, left, sorted(heads) + kept if kept else [])
-
-
-def _sizes(module: nn.Module) -> tuple[int, int]:
-    """Rows and columns of what is quantised: (out, in), also of GPT-2's transposed layers."""
-    weight = module.weight
-    return (weight.shape[1], weight.shape[0]) if isinstance(module, Conv1D) else (weight.shape[0], weight.shape[1])
-
-
-def _does_not_divide(module: nn.Module) -> str:
-    num_out, num_in = _sizes(module)
-    wrong = [f"{size} does not divide by {by}" for size, by in ((num_in, IN), (num_out, OUT)) if size % by]
-    return f"width {' and '.join(wrong)}" if wrong else ""
-
-
-def _as_patterns(names: list[str], quantized: list[str], model: PreTrainedModel) -> list[str]:
-    """For llm_int8_skip_modules: the last part of a name where it fits these layers only, else all of it."""
-    last = {name.rpartition(".")[2] for name in names}
-    shared = {end for end in last if any(name.endswith(end) for name in quantized)}
-    prefix = f"{model.base_model_prefix}."  # without it, the name holds for the model without head, too
-    whole = [name.removeprefix(prefix) for name in names if name.rpartition(".")[2] in shared]
-    return sorted(last - shared) + whole
-
-
-def bits_config(config: QuantizeConfig, plan: Plan, dtype: torch.dtype) -> BitsAndBytesConfig:
-    skip = plan.skip_modules or None
-    if config.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=skip,
-    )
-
-
-def method(config: QuantizeConfig) -> str:
-    """8bit, nf4, nf4-double, fp4."""
-    if config.load_in_8bit:
-        return "8bit"
-    return config.bnb_4bit_quant_type + "-double" * config.use_bnb_nested_quant
-
-
-# ---- quantise, write, read back
-
-
-def write(folder: Path, path: str, config: QuantizeConfig, plan: Plan, original: Any, tokenizer: Any, device: str) -> None:
-    """The quantised folder. Raises UserError where bitsandbytes refuses."""
-    how = bits_config(config, plan, original.dtype)
-    try:
-        model = plain_load(path, device, config.trust_remote_code, quantization_config=how)
-    except (ValueError, RuntimeError, ImportError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{config.model_name_or_path}: bitsandbytes cannot quantise it here ({reason})") from None
-    import bitsandbytes as bnb
-
-    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
-    found = {name for name, module in model.named_modules() if isinstance(module, kinds)}
-    assert found == set(plan.quantized), f"quantised otherwise than planned: {sorted(found ^ set(plan.quantized))}"
-    with written_beside(folder) as partial:
-        model.save_pretrained(partial)  # before its first use: a repacked double-quantised layer is saved rounded again
-        save_tokenizer(tokenizer, partial)
-
-
-def repacks(model: nn.Module) -> bool:
-    """Whether its first use here turns 4-bit layers into the packed form, with arithmetic in bfloat16."""
-    return any(getattr(module, "support_avx512bf16_for_cpu", False) for module in model.modules())
-
-
-# ---- measure
+# ---- what is there before anything is written
 
 
 @dataclasses.dataclass
@@ -265,41 +131,9 @@ def prepare(config: QuantizeConfig, source: Source, path: str) -> Job:
     )  # fmt: skip
 
 
-def main(config: QuantizeConfig) -> int:
-    """1 where the perplexity ratio is above the limit; the folder is there all the same. Raises UserError."""
-    started = time.perf_counter()
-    quiet_libraries()
-    source = check(config)
-    with _plain_folder(source, config) as path:
-        job = prepare(config, source, path)
-        run = Run.start(Path(config.output_dir), "quantize", config, _facts(job))
-        write(run.model_dir, path, config, job.plan, job.original, job.tokenizer, job.device)
-        _announce(job)
-        shards, metrics = measure(job, run)
-    worst = max(shards, key=lambda name: shards[name]["perplexity_ratio"])
-    limit = config.max_perplexity_ratio or LIMITS[8 if config.load_in_8bit else 4]
-    is_good = shards[worst]["perplexity_ratio"] <= limit
-    run.finish(
-        Result(
-            stage="quantize",
-            status="ok" if is_good else "failed",
-            model_dir=str(run.model_dir),
-            parent=config.model_name_or_path,
-            wall_s=round(time.perf_counter() - started, 2),
-            cpu_s=round(cpu_seconds(), 2),
-            tokens=0,
-            shards=shards,
-            metrics={"perplexity_ratio": shards[worst]["perplexity_ratio"], "max_perplexity_ratio": limit, **metrics},
-        )
-    )
-    job.console.print(_verdict(worst, shards[worst], limit, config), markup=False)
-    job.console.print(f'load it   AutoModelForCausalLM.from_pretrained("{run.model_dir}")', markup=False)
-    return int(not is_good)
-
-
 def _facts(job: Job) -> dict[str, Any]:
     theirs = job.source.manifest
-    kept = {key: theirs[key] for key in ("chat_template", "documents_open_with_bos") if key in theirs}
+    kept: dict[str, Any] = {key: theirs[key] for key in ("chat_template", "documents_open_with_bos") if key in theirs}
     return {
         "parent": job.config.model_name_or_path,
         "hardware": str(detect(job.device == "cpu")),
@@ -315,12 +149,41 @@ def _facts(job: Job) -> dict[str, Any]:
 def _announce(job: Job) -> None:
     say = job.console.print
     sizes = {name: p.numel() for name, p in job.original.named_parameters()}
-    inside = sum(math.prod(_sizes(job.original.get_submodule(name))) for name in job.plan.quantized)
+    inside = sum(math.prod(sizes_of(job.original.get_submodule(name))) for name in job.plan.quantized)
     num = len(job.plan.quantized)
     say(f"layers    {num} in {method(job.config)}, {inside / sum(sizes.values()):.1%} of all parameters", markup=False)
     say(f"left      {job.plan.told()}", markup=False)
     for name, passages in job.passages.items():
         say(f"text      {name}: {passages.num_documents:,} rows, {passages.what}", markup=False)
+
+
+# ---- quantise, write, read back
+
+
+def write(job: Job, folder: Path) -> None:
+    """The quantised folder. Raises UserError where bitsandbytes refuses."""
+    how = bits_config(job.config, job.plan, job.original.dtype)
+    try:
+        model = plain_load(job.path, job.device, job.config.trust_remote_code, quantization_config=how)
+    except (ValueError, RuntimeError, ImportError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{job.source.name}: bitsandbytes cannot quantise it here ({reason})") from None
+    import bitsandbytes as bnb
+
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    found = {name for name, module in model.named_modules() if isinstance(module, kinds)}
+    assert found == set(job.plan.quantized), f"not as planned: {sorted(found ^ set(job.plan.quantized))}"
+    with written_beside(folder) as partial:
+        model.save_pretrained(partial)  # before its first use: a repacked double-quantised layer is saved rounded again
+        save_tokenizer(job.tokenizer, partial)
+
+
+def repacks(model: nn.Module) -> bool:
+    """Whether its first use here turns 4-bit layers into the packed form, with arithmetic in bfloat16."""
+    return any(getattr(module, "support_avx512bf16_for_cpu", False) for module in model.modules())
+
+
+# ---- measure
 
 
 def measure(job: Job, run: Run) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
@@ -375,7 +238,8 @@ def _shard(cost: Cost, entropy_nats: float | None) -> dict[str, Any]:
 def _told(cost: Cost) -> str:
     return (
         f"perplexity {math.exp(cost.original_loss):.4f} -> {math.exp(cost.loss):.4f}, ratio {cost.ratio:.4f} "
-        f"[{cost.low:.4f}, {cost.high:.4f}]; likeliest token the same at {cost.top1_agreement:.2%}, KL {cost.kl:.5f}"
+        f"[{cost.low:.4f}, {cost.high:.4f}]; likeliest token the same at {cost.top1_agreement:.2%}, "
+        f"KL {cost.kl:.2g} nats"
     )
 
 
@@ -397,11 +261,13 @@ def _sizes_of(job: Job, run: Run, model: Any) -> dict[str, Any]:
 
 
 def _speed(job: Job, rates: dict[str, dict[str, float]]) -> dict[str, float]:
-    told, metrics = [], {}
+    told: list[str] = []
+    metrics: dict[str, float] = {}
     for what in ("decode", "prefill"):
         before, after = rates["original"][what], rates["quantized"][what]
         metrics |= {f"original_{what}_tokens_per_second": before, f"{what}_tokens_per_second": after}
-        word = f"{before / after:.1f} times slower" if after < before else f"{after / before:.1f} times faster"
+        ratio = max(before, after) / min(before, after)
+        word = f"{ratio:.1f} times {'slower' if after < before else 'faster'}" if ratio > SAME_SPEED else "as fast"
         told.append(f"{what} {before:,.0f} -> {after:,.0f} tokens/s, {word}")
         if "unpacked" in rates:
             metrics[f"unpacked_{what}_tokens_per_second"] = rates["unpacked"][what]
@@ -426,3 +292,38 @@ def _verdict(worst: str, facts: dict[str, Any], limit: float, config: QuantizeCo
         f"FAILED    perplexity on {worst} is {ratio:.4f} times the original's, limit {limit:g}{near}; try {other}"
         "--llm_int8_skip_modules with the layers that lose most, or allow it: --max_perplexity_ratio"
     )
+
+
+# ---- the verb
+
+
+def main(config: QuantizeConfig) -> int:
+    """1 where the perplexity ratio is above the limit; the folder is there all the same. Raises UserError."""
+    started = time.perf_counter()
+    quiet_libraries()
+    source = check(config)
+    with _plain_folder(source, config) as path:
+        job = prepare(config, source, path)
+        run = Run.start(Path(config.output_dir), "quantize", config, _facts(job))
+        write(job, run.model_dir)
+        _announce(job)
+        shards, metrics = measure(job, run)
+    worst = max(shards, key=lambda name: shards[name]["perplexity_ratio"])
+    limit = config.max_perplexity_ratio or LIMITS[8 if config.load_in_8bit else 4]
+    is_good = shards[worst]["perplexity_ratio"] <= limit
+    run.finish(
+        Result(
+            stage="quantize",
+            status="ok" if is_good else "failed",
+            model_dir=str(run.model_dir),
+            parent=config.model_name_or_path,
+            wall_s=round(time.perf_counter() - started, 2),
+            cpu_s=round(cpu_seconds(), 2),
+            tokens=0,
+            shards=shards,
+            metrics={"perplexity_ratio": shards[worst]["perplexity_ratio"], "max_perplexity_ratio": limit, **metrics},
+        )
+    )
+    job.console.print(_verdict(worst, shards[worst], limit, config), markup=False)
+    job.console.print(f'load it   AutoModelForCausalLM.from_pretrained("{run.model_dir}")', markup=False)
+    return int(not is_good)

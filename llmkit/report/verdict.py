@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from .evals import changed, counted, failing
+from .quantized import complaint
 from .runs import bare, peak
 
 Figures = dict[str, Any]
@@ -115,7 +116,9 @@ def findings(figures: Figures) -> list[dict[str, str]]:
         found.append({"mark": mark, "what": what, "todo": todo, "at": at})
 
     for s in stages:
-        if s["status"] != "ok":
+        if why := complaint(s):
+            say("fail", why, "Its folder is whole; 8 bit, or layers left as they are, lose less.", "quantized")
+        elif s["status"] != "ok":
             say("fail", f"{s['name']} {_status(s)}{_where(s)}", "Its figures are those of an unfinished run.", "curves")
     for name, rows in _worst_first(by_stage(figures, "lost")):
         shown = [f"{_label(row)} {_from_to(row, pair)}" for row, pair in rows[:SHOWN_LOSSES]]
