@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,7 +27,9 @@ from torch import Tensor
 
 from ..data.loader import IGNORE
 from ..evaluate.paired import compare
-from .passages import Passages
+
+if TYPE_CHECKING:  # the fresh process needs none of what it imports
+    from .passages import Passages
 
 MOST_LOGITS = 2**26  # of one batch of one model: 256 MB in float32, twice that for what is made of them
 ROUNDS, NEW_TOKENS, PREFILL = 5, 32, 256
@@ -52,7 +54,9 @@ class Cost:
 
 
 @torch.no_grad()
-def compare_on(original: Any, others: dict[str, Any], passages: Passages, batch_size: int, pad: int) -> dict[str, Cost]:
+def compare_on(
+    original: Any, others: dict[str, Any], passages: "Passages", batch_size: int, pad: int
+) -> dict[str, Cost]:
     """By name of the other model. Raises ValueError where a loss is not finite."""
     assert "original" not in others, "a name of ours"
     nats = {name: np.zeros(passages.num_documents) for name in ("original", *others)}
@@ -152,7 +156,10 @@ def _timed(device: torch.device, work: Callable[[], object]) -> float:
 
 
 def resident_growth(path: str, device: str, trust_remote_code: bool) -> int | None:
-    """Bytes that a fresh process holds more once it has loaded the model and run it once; None where that failed."""
+    """Bytes that a fresh process holds more once it has loaded the model and run it once; None where that failed.
+
+    Files are mapped, so that rows of an embedding which no token asked for are not among them.
+    """
     words = [sys.executable, "-m", __name__, path, device, str(int(trust_remote_code))]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     try:

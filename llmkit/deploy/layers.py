@@ -51,12 +51,12 @@ def plan_layers(model: PreTrainedModel, config: QuantizeConfig) -> Plan:
         if all(should_convert_module(name, [str(skipped)]) for name in linear):
             near = difflib.get_close_matches(str(skipped), sorted({n.rpartition(".")[2] for n in linear}), 3, 0.3)
             raise UserError(
-                f"llm_int8_skip_modules: {skipped!r} is no linear layer of {type(model).__name__}; "
-                f"nearest: {', '.join(near) or ', '.join(list(linear)[:3])}"
+                f"llm_int8_skip_modules: {skipped!r} fits no linear layer of {type(model).__name__}; allowed: ends of "
+                f"names, or beginnings up to a dot: {', '.join(near)}, {next(iter(linear)).rpartition('.')[0]}"
             )
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     heads = {name for name, module in model.named_modules() if head is not None and module is head}
-    left = {name: "embedding" for name, module in model.named_modules() if module is embedding}
+    left = {name: "embedding" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     narrow: list[str] = []
     for name, module in linear.items():
         if name in heads:
@@ -70,7 +70,7 @@ def plan_layers(model: PreTrainedModel, config: QuantizeConfig) -> Plan:
     held = {id(p) for name in (*linear, *left) for p in model.get_submodule(name).parameters()}
     left |= {
         name: "no linear layer" for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in held
-    }  # experts in one tensor, learnt positions
+    }  # experts kept in one tensor
     if not quantized:
         told = Plan([], left, []).told()
         raise UserError(
