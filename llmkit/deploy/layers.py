@@ -90,8 +90,11 @@ def sizes_of(module: nn.Module) -> tuple[int, int]:
 
 def _does_not_divide(module: nn.Module) -> str:
     num_out, num_in = sizes_of(module)
-    wrong = [f"{size} does not divide by {by}" for size, by in ((num_in, IN), (num_out, OUT)) if size % by]
-    return f"width {' and '.join(wrong)}" if wrong else ""
+    wrong = [(size, by) for size, by in ((num_in, IN), (num_out, OUT)) if size % by]
+    if not wrong:
+        return ""
+    sizes, divisors = (" and ".join(map(str, values)) for values in zip(*wrong, strict=True))
+    return f"width{'s' * (len(wrong) > 1)} {sizes} do{'es' * (len(wrong) == 1)} not divide by {divisors}"
 
 
 def _as_patterns(names: list[str], quantized: list[str], model: PreTrainedModel) -> list[str]:

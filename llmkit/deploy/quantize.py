@@ -305,8 +305,8 @@ def main(config: QuantizeConfig) -> int:
     with _plain_folder(source, config) as path:
         job = prepare(config, source, path)
         run = Run.start(Path(config.output_dir), "quantize", config, _facts(job))
-        write(job, run.model_dir)
         _announce(job)
+        write(job, run.model_dir)
         shards, metrics = measure(job, run)
     worst = max(shards, key=lambda name: shards[name]["perplexity_ratio"])
     limit = config.max_perplexity_ratio or LIMITS[8 if config.load_in_8bit else 4]

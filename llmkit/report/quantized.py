@@ -4,6 +4,7 @@ Reads what `read_quantized` takes from the files of a run of `llmkit quantize`; 
 how it was measured (deploy/cost.py says it), and models that `llmkit eval` compares.
 """
 
+import math
 from typing import Any
 
 from .markup import Html, name, percent, size_text, table, text
@@ -11,63 +12,88 @@ from .markup import Html, name, percent, size_text, table, text
 Facts = dict[str, Any]
 FIGURES = ("loss", "original_loss", "perplexity_ratio", "perplexity_ratio_low", "perplexity_ratio_high",
            "top1_agreement", "kl", "num_documents")  # fmt: skip
-MEASURED = ("disk_bytes", "memory_bytes", "process_bytes", "decode_tokens_per_second", "prefill_tokens_per_second")
 SHOWN_NAMES = 4
-CSS = """
-#quantized + p + .wide td { vertical-align: top; } #quantized ~ .wide .over { color: var(--lost); font-weight: 650; }
-"""
+SIZES = {"disk_bytes": "on disk", "memory_bytes": "in memory", "process_bytes": "of a process"}
+SPEEDS = {"decode_tokens_per_second": "tokens/s, decode", "prefill_tokens_per_second": "tokens/s, prefill"}
+MEASURED = (*SIZES, *SPEEDS)
+NOTE = (
+    "Each stage against the model it was made of, on the same text; in brackets the 95 % interval over resampled "
+    "documents. KL is in nats per token. Speed is that of batch 1 on the machine of the run; process is what a fresh "
+    "one grows by when it loads the model and runs it once."
+)
+ARROW = " → "
 
 
 def quantized(stages: list[Facts]) -> str:
-    """A row for each quantised stage."""
+    """What was lost on every shard, what was saved, task scores, which layers stayed; empty without such a stage."""
     found = [s for s in stages if s["quantized"]]
     if not found:
         return ""
-    rows: list[list[object]] = [_row(s, s["quantized"]) for s in found]
-    head = ["stage", "perplexity, times the original's", "same likeliest token, KL", "weights", "tokens/s, batch 1",
-            "task scores", "layers left as they were"]  # fmt: skip
-    note = (
-        "Each against the model it was made of, on the same text; in brackets 95 % of ratios over resampled documents. "
-        "Before → after. On CPUs bitsandbytes saves memory, not time."
-    )
-    return f'<h2 id="quantized">What quantisation cost</h2><p class="soft small">{text(note)}</p>{table(head, rows)}'
+    tasks = _tasks(found)
+    left = "".join(f"<li>{name(s['name'])} left as they were: {_left(s['quantized']['left'])}</li>" for s in found)
+    parts = [f'<p class="soft small">{text(NOTE)}</p>', _losses(found), _savings(found), tasks]
+    return f'<h2 id="quantized">What quantisation cost</h2>{"".join(parts)}<ul class="plain">{left}</ul>'
 
 
-def _row(stage: Facts, q: Facts) -> list[object]:
-    ratios, agreements = [], []
-    for shard, f in q["shards"].items():
-        over = q["limit"] is not None and (f["perplexity_ratio"] or 0) > q["limit"]
-        between = (f["perplexity_ratio_low"], f["perplexity_ratio_high"])
-        interval = "" if None in between else f" [{between[0]:.4f}, {between[1]:.4f}]"
-        said = "" if f["perplexity_ratio"] is None else f"{f['perplexity_ratio']:.4f}"
-        figure = f"{text(said)}{' ✗' * over}"
-        ratios.append(f"{name(shard)} {f'<b class=over>{figure}</b>' if over else figure}{text(interval)}")
-        kl = "" if f["kl"] is None else f", {f['kl']:.2g} nats"
-        agreements.append(f"{name(shard)} {percent(f['top1_agreement'])}{kl}")
-    if q["limit"] is not None:
-        ratios.append(f'<span class="soft">limit {q["limit"]:g}</span>')
-    m = q["measured"]
-    sizes = [
-        f"{what} {size_text(m[f'original_{key}'])} → {size_text(m[key])}"
-        for what, key in (("disk", "disk_bytes"), ("memory", "memory_bytes"), ("process", "process_bytes"))
-        if m[key] is not None and m[f"original_{key}"] is not None
-    ]
-    speeds = [
-        f"{what} {m[f'original_{key}']:,.0f} → {m[key]:,.0f}"
-        for what, key in (("decode", "decode_tokens_per_second"), ("prefill", "prefill_tokens_per_second"))
-        if m[key] is not None and m[f"original_{key}"] is not None
-    ]
-    tasks = [f"{name(task)} {before:.3f} → {after:.3f}" for task, (before, after) in q["tasks"].items()]
-    left = [f"{_names(names)} ({text(reason)})" for reason, names in q["left"].items()]
-    told = [name(stage["name"]), f"{text(q['method'] or '')}, of {name(stage['parent_name'] or stage['parent'])}"]
-    cells = (told, ratios, agreements, sizes, speeds, tasks, left)
-    return [Html("<br>".join(lines)) for lines in cells]
+def _losses(found: list[Facts]) -> Html:
+    rows: list[list[object]] = []
+    for s in found:
+        q = s["quantized"]
+        for i, (shard, f) in enumerate(q["shards"].items()):
+            limit = q["limit"]
+            ratio = "" if f["perplexity_ratio"] is None else f"{f['perplexity_ratio']:.4f}"
+            is_over = limit is not None and (f["perplexity_ratio"] or 0) > limit
+            rows.append([
+                "" if i else s["name"], "" if i else q["method"] or "", shard,
+                _between(_exp(f["original_loss"]), _exp(f["loss"])),
+                Html(f'<b class="bad">✗ {text(ratio)}</b>') if is_over else ratio,
+                "" if None in (low := f["perplexity_ratio_low"], high := f["perplexity_ratio_high"])
+                else f"[{low:.4f}, {high:.4f}]",
+                "" if limit is None else f"{limit:g}", percent(f["top1_agreement"]),
+                "" if f["kl"] is None else f"{f['kl']:.2g}",
+            ])  # fmt: skip
+    head = ["stage", "method", "text", ">perplexity", ">times", ">95 %", ">limit", ">same likeliest token", ">KL"]
+    return table(head, rows)
 
 
-def _names(names: dict[str, int]) -> str:
-    shown = [f"{count} × {name(n)}" if count > 1 else name(n) for n, count in list(names.items())[:SHOWN_NAMES]]
-    rest = len(names) - SHOWN_NAMES
-    return ", ".join(shown) + (f" and {rest} more kinds" if rest > 0 else "")
+def _exp(loss: float | None) -> str:
+    return "" if loss is None or loss > 100 else f"{math.exp(loss):.4f}"
+
+
+def _between(before: str, after: str) -> str:
+    return before + ARROW + after if before and after else ""
+
+
+def _savings(found: list[Facts]) -> Html:
+    rows: list[list[object]] = []
+    for s in found:
+        m = s["quantized"]["measured"]
+        sizes = [_between(size_text(m[f"original_{key}"]), size_text(m[key])) for key in SIZES]
+        speeds = [_between(_rate(m[f"original_{key}"]), _rate(m[key])) for key in SPEEDS]
+        rows.append([s["name"], s["parent_name"] or s["parent"] or "", *sizes, *speeds])
+    return table(["stage", "of", *(f">{title}" for title in (*SIZES.values(), *SPEEDS.values()))], rows)
+
+
+def _rate(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def _tasks(found: list[Facts]) -> str:
+    tasks = list(dict.fromkeys(task for s in found for task in s["quantized"]["tasks"]))
+    rows: list[list[object]] = []
+    for task in tasks:
+        pairs = [s["quantized"]["tasks"].get(task) for s in found]
+        rows.append([task, *("" if pair is None else f"{pair[0]:.4f}{ARROW}{pair[1]:.4f}" for pair in pairs)])
+    return table(["task", *(f">{s['name']}" for s in found)], rows) if rows else ""
+
+
+def _left(reasons: dict[str, dict[str, int]]) -> str:
+    said = []
+    for reason, names in reasons.items():
+        shown = [f"{count} × {name(n)}" if count > 1 else name(n) for n, count in list(names.items())[:SHOWN_NAMES]]
+        rest = len(names) - SHOWN_NAMES
+        said.append(f"{', '.join(shown)}{f' and {rest} more kinds' * (rest > 0)} ({text(reason)})")
+    return "; ".join(said) or "nothing"
 
 
 def complaint(stage: Facts) -> str | None:

@@ -120,7 +120,7 @@ def page(figures: dict[str, Any]) -> str:
         f"<h1>llmkit report: <b>{name(words)}</b> <span>{text(figures['made'])}</span></h1>",
         "".join(f'<p class="verdict">{text(said)}</p>' for said in figures["verdict"]),
         _look(figures["findings"]),
-        stages.chain(runs),
+        stages.chain([*trained, *(stage for stage in runs if stage["quantized"])]),
         bench.benchmarks(evals),
         quantized.quantized(runs),
         stages.own_figures(trained),
@@ -135,7 +135,7 @@ def page(figures: dict[str, Any]) -> str:
         stages.contamination(trained, figures["corpora"]),
         stages.commands(runs, evals, words),
     ]
-    return document(f"llmkit report: {words}", parts, bench.CSS + stages.CSS + quantized.CSS + CSS)
+    return document(f"llmkit report: {words}", parts, bench.CSS + stages.CSS + CSS)
 
 
 def _look(found: list[dict[str, str]]) -> str:
