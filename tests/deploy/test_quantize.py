@@ -197,7 +197,7 @@ def test_a_quantised_folder_is_a_column_of_an_evaluation(source, tmp_path, capsy
     plain, packed = found["columns"]
     assert plain["num_parameters"] == packed["num_parameters"]  # two of which stand in one byte
     measured = json.loads((tmp_path / "nf4" / "result.json").read_text())["shards"]["held"]
-    assert found["shards"][0]["scores"][packed["name"]]["value"] == pytest.approx(measured["loss"], abs=2e-3)
+    assert found["shards"][0]["scores"][packed["name"]]["loss"] == pytest.approx(measured["loss"], abs=2e-3)
     assert packed["run"] == str(tmp_path / "nf4")
 
 

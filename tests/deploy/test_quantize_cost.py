@@ -83,7 +83,7 @@ def test_speed_is_told_for_every_model():
 def test_memory_is_that_of_a_process_of_its_own(tmp_path):
     tiny.llama(vocab_size=40_000, hidden_size=256).save_pretrained(tmp_path)  # 82 MB in two tables
     grown = resident_growth(str(tmp_path), "cpu", False)
-    assert grown is not None and 41e6 < grown < 200e6  # the head at least; of the embedding few rows are touched
+    assert grown is not None and 41e6 < grown < 100e6  # at least the head; of the embedding few rows are touched
 
 
 # ---- the text
