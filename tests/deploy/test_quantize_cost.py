@@ -40,12 +40,13 @@ ROWS = [(0, [0, 0], [0, 1]), (0, [0], [2]), (1, [0, 0, 0], [-100, 0, 0])]
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
 def test_figures_by_hand(batch_size):
     """Tokens 0 1 2 of the first document, 0 0 of the second; a label of -100 counts nowhere."""
-    found = compare_on(Fixed(0.5, 0.3, 0.2), {"q": Fixed(0.3, 0.5, 0.2)}, Passages(ROWS, 2, ""), batch_size, 0)["q"]
+    found = compare_on(Fixed(0.5, 0.3, 0.2), {"q": Fixed(0.3, 0.6, 0.1)}, Passages(ROWS, 2, ""), batch_size, 0)["q"]
     before = -(3 * math.log(0.5) + math.log(0.3) + math.log(0.2)) / 5
-    after = -(3 * math.log(0.3) + math.log(0.5) + math.log(0.2)) / 5
+    after = -(3 * math.log(0.3) + math.log(0.6) + math.log(0.1)) / 5
     assert (found.original_loss, found.loss) == pytest.approx((before, after))
     assert found.ratio == pytest.approx(math.exp(after - before))
-    assert found.kl == pytest.approx(0.5 * math.log(0.5 / 0.3) + 0.3 * math.log(0.3 / 0.5), rel=1e-5)
+    kl = 0.5 * math.log(0.5 / 0.3) + 0.3 * math.log(0.3 / 0.6) + 0.2 * math.log(0.2 / 0.1)
+    assert found.kl == pytest.approx(kl, rel=1e-5)
     assert (found.top1_agreement, found.num_documents, found.num_tokens) == (0.0, 2, 5)
 
 
