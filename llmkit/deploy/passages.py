@@ -33,11 +33,16 @@ class Passages:
 
 
 def find_passages(source: Source, config: QuantizeConfig, tokenizer: Any, context: int) -> dict[str, Passages]:
-    """By shard. Raises UserError where there is no text, and for data that cannot be read."""
+    """By shard. Raises UserError where there is no text, for data that cannot be read, and for a window without use."""
     runs = lineage(source.run) if source.run and not config.eval_datasets else []
     for run in runs:
         stage = manifest_of(run).get("stage")
         if stage == "sft" and (found := _answers(run, tokenizer)):
+            if config.window:
+                raise UserError(
+                    f"window={config.window} has no effect on the rows of {run}, which stay whole; remove it, or name "
+                    "raw text: eval_datasets"
+                )
             return found
         if stage == "pretrain":
             break

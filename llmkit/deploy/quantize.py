@@ -55,6 +55,9 @@ def check(config: QuantizeConfig) -> Source:
     for key in FOUR_BIT_KEYS:
         if config.load_in_8bit and getattr(config, key) != getattr(defaults, key):
             raise UserError(f"{key}={getattr(config, key)!r} has no effect without load_in_4bit: true; remove it")
+    for key, needed in (("eval_tasks_limit", "eval_tasks"), ("data_dir", "eval_datasets")):
+        if getattr(config, key) != getattr(defaults, key) and not getattr(config, needed):
+            raise UserError(f"{key}={getattr(config, key)!r} has no effect without {needed}; remove it")
     for key in ("batch_size", "window", "eval_tasks_limit"):
         if (value := getattr(config, key)) is not None and value < 1:
             raise UserError(f"{key}={value}; allowed: 1 or more")

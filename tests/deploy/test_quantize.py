@@ -212,8 +212,11 @@ def test_mistakes_are_one_line(source, tmp_path, capsys):
     assert "bnb_4bit_quant_type='fp4' has no effect without load_in_4bit: true" in line
     line = the_line(words(source, out, "--load_in_8bit", "--max_perplexity_ratio", "0.9"), capsys)
     assert "max_perplexity_ratio=0.9; allowed: 1 or more, or null" in line
-    argv = [word if word[0] != "[" else "[]" for word in words(source, out, "--load_in_8bit")]
+    line = the_line(words(source, out, "--load_in_8bit", "--eval_tasks_limit", "5"), capsys)
+    assert "eval_tasks_limit=5 has no effect without eval_tasks; remove it" in line
+    argv = ["quantize", "--model_name_or_path", str(source), "--output_dir", str(out), "--load_in_8bit"]
     assert "eval_datasets is missing" in the_line(argv, capsys)
+    assert "data_dir='x' has no effect without eval_datasets" in the_line([*argv, "--data_dir", "x"], capsys)
     assert not out.exists()
 
 

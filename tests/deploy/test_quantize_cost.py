@@ -11,6 +11,7 @@ import torch
 import yaml
 from torch import nn
 
+from llmkit.config import UserError
 from llmkit.deploy import cost
 from llmkit.deploy.cost import compare_on, measure_speed, resident_growth
 from llmkit.deploy.loading import find
@@ -141,6 +142,12 @@ def test_a_chat_model_is_asked_on_answers_of_its_own_kind(family, which):
     assert tokenizer.decode([label for label in labels if label != -100]) == f"{answer}<|im_end|>"
     at = next(i for i, label in enumerate(labels) if label != -100)
     assert inputs[at + 1] == labels[at]
+
+
+def test_a_window_without_use_is_refused(family):
+    with pytest.raises(UserError, match="window=64 has no effect on the rows of .*sft, which stay whole"):
+        passages(family[1], window=64)
+    assert max(len(row[1]) for row in passages(family[0], window=8)["raw"].rows) == 8
 
 
 def test_text_that_is_named_wins(family):
