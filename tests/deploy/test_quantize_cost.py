@@ -145,7 +145,7 @@ def test_a_chat_model_is_asked_on_answers_of_its_own_kind(family, which):
 
 
 def test_a_window_without_use_is_refused(family):
-    with pytest.raises(UserError, match="window=64 has no effect on the rows of .*sft, which stay whole"):
+    with pytest.raises(UserError, match=r"window=64 has no effect on the rows of .*sft, which stay whole"):
         passages(family[1], window=64)
     assert max(len(row[1]) for row in passages(family[0], window=8)["raw"].rows) == 8
 
