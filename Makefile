@@ -93,7 +93,7 @@ grpo-toy: $(VENV)/all runs/toy/sft/model  ## reinforcement on sums, watched for 
 hack-toy: $(VENV)/all runs/toy/dpo/model  ## from the DPO model, a reward that can be hacked: see the alarm
 	$(BIN)/llmkit grpo recipes/toy/grpo_hackable.yaml
 
-STAGES = $(shell for s in pretrain sft dpo kto rrhf grpo quantize-8bit quantize-4bit; do test -d runs/toy/$$s/model && echo runs/toy/$$s; done)
+STAGES = $(shell for s in pretrain sft dpo kto rrhf grpo; do test -d runs/toy/$$s/model && echo runs/toy/$$s; done)
 report-toy: $(VENV)/all runs/toy/pretrain/model runs/toy/sft/model  ## all stages of the toy model side by side: runs/toy/report.html
 	$(OFFLINE) $(BIN)/llmkit eval recipes/toy/eval.yaml $(STAGES)
 	$(BIN)/llmkit report runs/toy

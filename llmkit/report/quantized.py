@@ -96,6 +96,13 @@ def _left(reasons: dict[str, dict[str, int]]) -> str:
     return "; ".join(said) or "nothing"
 
 
+def is_allowed(row: Facts, pair: Facts, limit: float | None) -> bool:
+    """Whether a quantised stage's loss on raw text is below the limit that it was made under; others have no limit."""
+    if limit is None or limit <= 0 or row["kind"] != "shard" or pair["difference"] is None:
+        return False
+    return pair["difference"] <= math.log(limit)
+
+
 def complaint(stage: Facts) -> str | None:
     """Why a quantised stage failed; None for any other."""
     q = stage["quantized"]

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from example_runs import write_family, write_run
+from example_runs import comparison, write, write_family, write_run
 
 from llmkit.report.report import gather, page
+from llmkit.report.verdict import regressions
 
 SHARDS = {
     "stories": {"loss": 0.30, "original_loss": 0.25, "perplexity_ratio": 1.0513, "perplexity_ratio_low": 1.0499,
@@ -73,3 +74,18 @@ def test_missing_figures_are_left_empty(root, broken):
     assert "What quantisation cost" in page(gather([str(root)]))
     (root / "quantize-4bit" / "manifest.json").write_text(json.dumps({"stage": "quantize", "left_layers": [1]}))
     assert "quantize-4bit" in part(page(gather([str(root)])))
+
+
+@pytest.mark.parametrize(("limit", "lost"), [(1.05, 0), (1.01, 1)])
+def test_a_loss_below_its_limit_is_no_regression(root, limit, lost):
+    """grpo stands for the quantised stage: 0.0126 nats on stories are a ratio of 1.0127."""
+    result = json.loads((root / "quantize-4bit" / "result.json").read_text())
+    result["metrics"]["max_perplexity_ratio"] = limit
+    write(root / "quantize-4bit" / "result.json", result)
+    found = comparison(root)
+    column = next(c for c in found["columns"] if c["name"] == "grpo")
+    column |= {"run": str(root / "quantize-4bit"), "model_dir": str(root / "quantize-4bit" / "model")}
+    write(root / "eval" / "comparison.json", found)
+    said = regressions(gather([str(root)]))
+    assert sum("grpo against" in one and "loss on stories" in one for one in said) == lost
+    assert any("grpo against" in one and "toyworld_spelling" in one for one in said)  # tasks have no limit
