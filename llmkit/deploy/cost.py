@@ -123,7 +123,7 @@ def measure_speed(models: dict[str, Any], row: list[int]) -> dict[str, dict[str,
     device = next(iter(models.values())).get_input_embeddings().weight.device
     ids = torch.tensor([row[:PREFILL]], device=device)  # (1, T)
     opening = ids[:, : max(1, min(8, ids.shape[1]))]
-    context = next(iter(models.values())).config.get_text_config().max_position_embeddings or 2048
+    context = getattr(next(iter(models.values())).config.get_text_config(), "max_position_embeddings", None) or 2048
     count = min(NEW_TOKENS, context - opening.shape[1])
 
     def decode(model: Any) -> float:

@@ -215,7 +215,7 @@ def measure(job: Job, run: Run) -> tuple[dict[str, dict[str, Any]], dict[str, An
             "measured  as this CPU runs it: packed, in bfloat16; where nothing is packed (GPUs, CPUs without "
             f"AVX512-BF16) the worst ratio is {unpacked[worst]:.4f} on {worst}", markup=False,
         )  # fmt: skip
-    row = next(iter(job.passages.values())).rows[0][1]
+    row = max((row[1] for passages in job.passages.values() for row in passages.rows), key=len)
     metrics = {"unpacked_perplexity_ratio": max(unpacked.values())} if packed else {}
     metrics |= _sizes_of(job, run, model) | _speed(job, measure_speed({"original": job.original, **others}, row))
     if job.scorer:
@@ -258,8 +258,8 @@ def _sizes_of(job: Job, run: Run, model: Any) -> dict[str, Any]:
         found[f"{prefix}memory_bytes"] = loaded.get_memory_footprint()
         found[f"{prefix}process_bytes"] = resident_growth(path, job.device, job.config.trust_remote_code)
     for what, key in (("on disk", "disk_bytes"), ("in memory", "memory_bytes"), ("of a process", "process_bytes")):
-        before, after = found[f"original_{key}"], found[key]
-        job.console.print(f"size      {what}: {size_text(before)} -> {size_text(after)}", markup=False)
+        before, after = (size_text(found[name]) or "could not be measured" for name in (f"original_{key}", key))
+        job.console.print(f"size      {what}: {before} -> {after}", markup=False)
     return found
 
 
