@@ -158,6 +158,18 @@ def _timed(device: torch.device, work: Callable[[], object]) -> float:
 # ---- memory
 
 
+def weight_bytes(model: Any) -> int:
+    """Parameters, buffers, and the scales of quantised layers, which `get_memory_footprint` leaves out."""
+    scales = 0
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)  # of 4 bit
+        held = [state, getattr(state, "state2", None)] if state is not None else []
+        scales += sum(part.absmax.nbytes for part in held if part is not None)
+        rows = getattr(getattr(module, "state", None), "SCB", None)  # of 8 bit, once it has run
+        scales += rows.nbytes if isinstance(rows, Tensor) else 0
+    return model.get_memory_footprint() + scales
+
+
 def resident_growth(path: str, device: str, trust_remote_code: bool) -> int | None:
     """Bytes that a fresh process holds more once it has loaded the model and run it once; None where that failed.
 

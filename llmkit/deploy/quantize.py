@@ -30,7 +30,7 @@ from ..hardware import cpu_seconds, detect
 from ..report.markup import size_text
 from ..run import Result, Run, check_output_dir, quiet_libraries, written_beside
 from ..verbs import MergeConfig, QuantizeConfig
-from .cost import Cost, compare_on, measure_speed, plain_load, resident_growth
+from .cost import Cost, compare_on, measure_speed, plain_load, resident_growth, weight_bytes
 from .layers import Plan, bits_config, method, plan_layers, sizes_of
 from .loading import Source, find
 from .passages import Passages, find_passages
@@ -255,7 +255,7 @@ def _sizes_of(job: Job, run: Run, model: Any) -> dict[str, Any]:
     }
     for prefix, path, loaded in (("original_", job.path, job.original), ("", str(run.model_dir), model)):
         found[f"{prefix}disk_bytes"] = find_columns([path])[0].num_bytes
-        found[f"{prefix}memory_bytes"] = loaded.get_memory_footprint()
+        found[f"{prefix}memory_bytes"] = weight_bytes(loaded)
         found[f"{prefix}process_bytes"] = resident_growth(path, job.device, job.config.trust_remote_code)
     for what, key in (("on disk", "disk_bytes"), ("in memory", "memory_bytes"), ("of a process", "process_bytes")):
         before, after = (size_text(found[name]) or "could not be measured" for name in (f"original_{key}", key))

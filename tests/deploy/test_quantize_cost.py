@@ -10,10 +10,11 @@ import tiny
 import torch
 import yaml
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 from llmkit.config import UserError
 from llmkit.deploy import cost
-from llmkit.deploy.cost import compare_on, measure_speed, resident_growth
+from llmkit.deploy.cost import compare_on, measure_speed, resident_growth, weight_bytes
 from llmkit.deploy.loading import find
 from llmkit.deploy.passages import Passages, find_passages
 from llmkit.verbs import QuantizeConfig
@@ -79,6 +80,18 @@ def test_speed_is_told_for_every_model():
     models = {"a": tiny.llama(), "b": tiny.llama()}
     found = measure_speed(models, [1, 5, 7, 9])
     assert set(found) == {"a", "b"} and all(rate > 0 for rates in found.values() for rate in rates.values())
+
+
+@pytest.mark.parametrize("is_double", [False, True])
+def test_scales_of_4_bit_count_as_memory(tmp_path, is_double):
+    """Blocks of 64 weights share one: 4 bytes each, or 1 byte and 4 for every 256 of them."""
+    tiny.llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=is_double)
+    model = cost.plain_load(tmp_path, "cpu", quantization_config=how)
+    sizes = [64 * 64, 32 * 64, 32 * 64, 64 * 64, 128 * 64, 128 * 64, 128 * 64] * 2
+    blocks = [size // 64 for size in sizes]
+    expected = sum(n + 4 * math.ceil(n / 256) for n in blocks) if is_double else sum(4 * n for n in blocks)
+    assert weight_bytes(model) - model.get_memory_footprint() == expected
 
 
 @pytest.mark.medium
