@@ -249,6 +249,47 @@ def test_a_push_that_was_cut_makes_no_parent(tmp_path):
     assert found(run(tmp_path / "sft", base), given="mit")[0].hub_id is None
 
 
+def test_an_adapter_of_a_run_is_no_parent_of_the_next(tmp_path):
+    """The same run was pushed merged, then as an adapter: the next stage began with the merged weights."""
+    both = run(tmp_path / "both")
+    records = {"ann/merged": {"finished": True, "kind": "model"}, "ann/lora": {"finished": True, "kind": "adapter"}}
+    (both / "published.json").write_text(json.dumps(records))
+    assert found(run(tmp_path / "dpo", both), given="mit")[0].hub_id == "ann/merged"
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_parent_is_looked_for_where_its_run_was_started(is_there, tmp_path, monkeypatch):
+    """From another folder, runs/base was taken for a repository of somebody called runs."""
+    project = tmp_path / "project"
+    base = run(project / "runs/base", license="mit", hub_id="ann/base")
+    child = run(project / "runs/sft", "runs/base")
+    (child / "recipe.yaml").write_text("output_dir: runs/sft\n")
+    run(tmp_path / "elsewhere/runs/base", hub_id="bob/base")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    if not is_there:
+        shutil.rmtree(base)
+        shutil.rmtree(tmp_path / "elsewhere/runs")
+    assert found(child, given="mit")[0].hub_id == ("ann/base" if is_there else None)
+
+
+def test_an_adapter_beside_its_base_names_this_repository(family, tmp_path, weights):
+    """It named the parent of the base: loaded, and wrong."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    record = {"ann/before": {"license": "mit", "finished": True}}
+    (family / "sft/published.json").write_text(json.dumps(record))
+    lora = run(family / "lora", family / "dpo") / "adapter"
+    lora.mkdir()
+    (lora / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(family / "dpo/model")}))
+    save_file({"w": np.ones(3)}, lora / "adapter_model.safetensors")
+    config = PushConfig(model_name_or_path=str(family / "dpo"), hub_model_id="ann/toy", variants=[str(lora)])
+    parent = find_parent(*ancestors(family / "dpo"), None)
+    items, _ = push._items(config, family / "dpo/model", "model", parent, print)
+    (item,) = [item for item in items if item.path == "lora/adapter_config.json"]
+    assert parent.hub_id == "ann/before" and json.loads(item.read())["base_model_name_or_path"] == "ann/toy"
+
+
 def test_an_unknown_licence_is_refused_and_a_contradiction_is_said(tmp_path):
     base = run(tmp_path / "base")
     assert "license is unknown" in refusal(found, run(tmp_path / "x", base))
