@@ -157,7 +157,7 @@ def _check_weights(folder: Path, kind: str, names: set[str]) -> None:
 
 
 def is_local(name: str, start: Path = Path()) -> bool:
-    """A path of this machine rather than a Hub id, for all that can be told: runs/gone is one where there is a runs/."""
+    """A path of this machine rather than a Hub id: what is here, and runs/gone where there is a runs/."""
     if not name or not HUB_ID.fullmatch(name):
         return bool(name)
     path = start / name
@@ -182,7 +182,7 @@ def without_local_paths(items: list[Item], base_model: str | None) -> tuple[list
     changed, said = [], []
     for item in items:
         name = Path(item.path).name
-        key = {"config.json": "_name_or_path", "adapter_config.json": "base_model_name_or_path"}.get(name)
+        key = {"config.json": "_name_or_path", "adapter_config.json": "base_model_name_or_path"}.get(name, "")
         values = _object(item) if key else {}
         value = values.get(key) or ""
         is_missing = name == "adapter_config.json" and not value
