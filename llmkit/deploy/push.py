@@ -47,7 +47,9 @@ def main(config: PushConfig) -> Result:
         state = None if config.dry_run else hub.access(repo)  # before anything long
         if state is not None:
             _check_room(state, config)
-        known = facts.gather(repo, folder, kind, [run, *parent.folders] if run else [], parent, terms, config, variants)
+        chain = [run, *parent.folders] if run else []
+        names = sorted(item.path for item in items)
+        known = facts.gather(repo, folder, kind, chain, parent, terms, config, variants, names)
         items.append(_card(known, out, say))
         _list(items, say)
         note = {"license": terms, "kind": kind}
@@ -123,6 +125,9 @@ def _items(
         if label in [n for n, _ in variants]:
             raise UserError(f"variants: two of them would be called {label!r}; rename one of the folders")
         more, stays = files.collect(place, of, label)
+        root = {item.path for item in items}
+        if code := [item.path for item in more if item.path.endswith(".py") and Path(item.path).name not in root]:
+            raise UserError(f"variants: {code[0]}: code is loaded from the first folder only; push {label!r} by itself")
         more, changes = files.without_local_paths(more, _base_of(place, folder, config))
         items, said = items + more, said + changes
         left_out += [f"{label}/{path}" for path in stays]
