@@ -59,8 +59,9 @@ class Prompt:
 def opens_with_bos(model_dir: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     """What the model saw in training: its run's manifest says so; other models follow their own tokenizer."""
     run = run_of(Path(model_dir))
-    if run is not None:
-        return bool(manifest_of(run).get("documents_open_with_bos", False))
+    opened = manifest_of(run).get("documents_open_with_bos") if run else None
+    if opened is not None:
+        return bool(opened)
     ids = tokenizer("a")["input_ids"]
     return bool(ids) and ids[0] == tokenizer.bos_token_id
 

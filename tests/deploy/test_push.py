@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from deploy.fake_hub import CUT, LOST, READ_TOKEN, SLOW, TOKEN, WRONG_BYTES, FakeHub
+from deploy.fake_hub import CUT, LOST, READ_TOKEN, SLOW, TOKEN, WRONG_BYTES, Blob, FakeHub
 from example_runs import write_run
 from helpers import tiny_model
 from huggingface_hub import close_session, constants
@@ -44,6 +44,8 @@ def fake(monkeypatch, tmp_path):
     """The Hub of this process is the fake one; waits are left out."""
     with FakeHub() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        where = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", where)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
@@ -225,7 +227,7 @@ def test_what_cannot_be_taken_back_is_said_and_a_rerun_goes_on(ready, fake):
     real = calls.remove
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(calls, "remove", lambda *args: (fake.fail("commit", 500, 2), real(*args)))
-        assert "could not be deleted again" in refusal(push.main, ready())
+        assert "could not be taken back" in refusal(push.main, ready())
     assert fake.repos[NAME].private and fake.repos[NAME].files
     fake.large.clear()
     push.main(ready())
@@ -297,18 +299,60 @@ def test_a_public_repository_gets_nothing_private(ready, fake):
     assert "is there and public, and hub_private_repo=true" in refusal(push.main, ready())
 
 
-def test_an_update_that_arrives_wrong_names_the_version_before(ready, fake):
-    repo = fake.fill(NAME, {"config.json": b"{}", "notes.txt": b"keep"})
-    before = repo.head
+def test_an_update_that_arrives_wrong_leaves_what_was_there_before(ready, fake, tmp_path):
+    """Others load it meanwhile: once its weights were deleted, and the new files beside them stayed."""
+    push.main(ready())
+    before = fake.repos[NAME].files
+    weights = tmp_path / "pretrain/model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    (tmp_path / "pretrain/model/chat_template.jinja").write_text("{{ messages }}")
     fake.fail("put", WRONG_BYTES)
+    assert "what was there before is back" in refusal(push.main, ready(update=True))
+    assert fake.repos[NAME].files == before
+    fake.large.clear()
+    push.main(ready(update=True))
+    assert fake.repos[NAME].files["model.safetensors"].content == weights.read_bytes()
+
+
+def test_an_update_that_cannot_be_taken_back_names_the_version_before(ready, fake, monkeypatch):
+    before = fake.fill(NAME, {"config.json": b"{}", "notes.txt": b"keep"}).head
+    fake.fail("put", WRONG_BYTES)
+    fake.fail("paths", 500, 9)
     line = refusal(push.main, ready(update=True))
-    assert f"revision={before[:12]}" in line and "notes.txt" in repo.files
-    assert "model.safetensors" not in repo.files or "tokenizer.json" not in repo.files
+    assert "could not be taken back" in line and f"revision={before[:12]}" in line
+
+
+def test_what_others_put_beside_a_push_that_was_cut_is_theirs(ready, fake):
+    fake.fail("commit", 500, 9)
+    refusal(push.main, ready())
+    fake.faults.clear()
+    repo = fake.repos[NAME]
+    repo.commit({**repo.commits[-1][1], "notes.txt": Blob(b"keep")})
+    push.main(ready())
+    assert sorted(repo.files) == sorted([*SENT, "notes.txt"])
 
 
 def test_somebody_who_commits_meanwhile_is_not_overwritten(ready, fake):
     fake.on_commit = lambda: setattr(fake, "on_commit", lambda: None) or fake.repos[NAME].commit({})
     assert "somebody else changed" in refusal(push.main, ready())
+
+
+def test_a_run_of_overfit_is_not_pushed(ready, tmp_path):
+    """The card would show its rows, learnt by heart, as 100 % right."""
+    path = tmp_path / "pretrain/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"overfit": 5}))
+    assert "never pushed" in refusal(push.main, ready(dry_run=True))
+
+
+def test_a_home_is_spelled_with_a_tilde_too(ready, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    push.main(ready(model_name_or_path="~/pretrain", output_dir="~/told", dry_run=True))
+    assert (tmp_path / "told/README.md").is_file()
+
+
+def test_a_file_where_the_card_should_go_is_one_line(ready, tmp_path):
+    (tmp_path / "taken").write_text("")
+    assert "cannot be written" in refusal(push.main, ready(output_dir=str(tmp_path / "taken"), dry_run=True))
 
 
 # the whole way, from the command line
