@@ -6,6 +6,8 @@ What was written is read back and compared (`parity.py`) before the folder gets 
 renders anything otherwise is not there afterwards. Leaves out GGUF (`gguf_export.py`).
 """
 
+import json
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -81,8 +83,8 @@ def write_folder(config: ExportConfig, loaded: Loaded) -> tuple[dict[str, Any], 
         f"wrote     {folder}: {type(plain).__name__} in {dtype}, no code of ours",
         f"logits    equal, bit for bit, on {found.positions} positions of random ids and text",
         parity.say_tokens(num_texts, num_chats),
-        f'load it   AutoModelForCausalLM.from_pretrained("{folder}")',
-        f"serve it  llmkit serve --model_name_or_path {folder}",
+        f"load it   AutoModelForCausalLM.from_pretrained({json.dumps(str(folder), ensure_ascii=False)})",
+        f"serve it  llmkit serve --model_name_or_path {shlex.quote(str(folder))}",
     ]
     return {"max_logit_difference": found.max, "num_texts": num_texts, "num_chats": num_chats}, lines
 

@@ -8,6 +8,8 @@ of the f16 file.
 """
 
 import contextlib
+import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,7 @@ from ..model.convert import TARGETS, from_plain, to_plain
 from ..run import written_beside
 from ..verbs import ExportConfig
 from . import gguf_file, llama_engine, parity
-from .gguf_tokenizer import Refused, Vocabulary, adds_around, ends_of_generation, vocabulary_of
+from .gguf_tokenizer import Refused, Vocabulary, adds_around, ends_of_generation, normalizer_of, vocabulary_of
 from .merged import Loaded
 from .modelfile import modelfile
 
@@ -77,15 +79,24 @@ def _convert(loaded: Loaded, path: Path, outtype: str, llama_cpp_dir: str) -> No
         raise UserError(f"{CONVERTER} failed ({lines[-1] if lines else f'exit code {done.returncode}'})")
 
 
-def _notes(vocabulary: Vocabulary, kept: list[str]) -> list[str]:
+def _notes(tokenizer: Any, vocabulary: Vocabulary | None, kept: list[str]) -> list[str]:
     notes = []
     if kept:
         notes.append(f"f16 stays for {', '.join(kept)}: their width is no multiple of {gguf_file.BLOCK}")
-    if vocabulary.normalizer:
-        notes.append(f"llama.cpp has no {vocabulary.normalizer}: texts that the tokenizer normalises get other ids")
-    if vocabulary.more_ends:
+    if normalizer := normalizer_of(tokenizer):
+        notes.append(f"llama.cpp has no {normalizer}: texts that the tokenizer normalises get other ids")
+    if vocabulary and vocabulary.more_ends:
         notes.append(f"llama.cpp ends an answer at {', '.join(vocabulary.more_ends)} too, by its text")
     return notes
+
+
+def _how_to_run(folder: Path, file: str, name: str) -> list[str]:
+    """Lines that a shell takes as they are; names in Ollama are of ASCII letters, digits and, between them, _ . -"""
+    model = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "model"
+    return [
+        f"run it    llama-cli -m {shlex.quote(str(folder / file))}",
+        f"ollama    cd {shlex.quote(str(folder))} && ollama create {model} -f Modelfile",
+    ]
 
 
 def write_gguf(config: ExportConfig, loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
@@ -93,11 +104,11 @@ def write_gguf(config: ExportConfig, loaded: Loaded) -> tuple[dict[str, Any], li
     folder, outtype = Path(config.output_dir), config.outtype or "f16"
     file, native = f"{loaded.name}-{outtype}.gguf", _ours_or_theirs(config, loaded)
     plain, vocabulary = native or (None, None)
-    notes: list[str] = []
+    kept: list[str] = []
     with written_beside(folder) as partial:
         path = partial / file
         if plain is not None and vocabulary is not None:
-            notes = _notes(vocabulary, gguf_file.write(path, plain, vocabulary, outtype, loaded.name))
+            kept = gguf_file.write(path, plain, vocabulary, outtype, loaded.name)
         else:
             _convert(loaded, path, outtype, str(config.llama_cpp_dir))
         size = path.stat().st_size
@@ -106,15 +117,14 @@ def write_gguf(config: ExportConfig, loaded: Loaded) -> tuple[dict[str, Any], li
         (partial / "Modelfile").write_text(text, encoding="utf-8")
     how = "our writer" if vocabulary else f"llama.cpp's {CONVERTER}"
     lines = [f"wrote     {folder / file}: {outtype}, {size / 1e6:.1f} MB, by {how}", *lines]
-    lines += [f"note      {note}" for note in notes + more]
-    lines += [f"run it    llama-cli -m {folder / file}"]
-    lines += [f"ollama    cd {folder} && ollama create {loaded.name} -f Modelfile"]
+    lines += [f"note      {note}" for note in _notes(loaded.tokenizer, vocabulary, kept) + more]
+    lines += _how_to_run(folder, file, loaded.name)
     return metrics | {"num_bytes": size}, lines
 
 
 def _modelfile(loaded: Loaded, file: str) -> tuple[str, list[str]]:
     tokenizer: Any = loaded.tokenizer
-    ends = tokenizer.convert_ids_to_tokens(ends_of_generation(loaded.model, tokenizer))
+    ends = [tokenizer.decode([i]) for i in ends_of_generation(loaded.model, tokenizer)]
     context = getattr(loaded.model.config, "max_position_embeddings", None)
     return modelfile(file, tokenizer, ends, adds_around(tokenizer)[0], context)
 
@@ -124,7 +134,7 @@ def _compare(
 ) -> tuple[dict[str, Any], list[str]]:
     """Figures and lines of all comparisons there are. Raises UserError where one fails."""
     probe = parity.probe_of(loaded.model, loaded.tokenizer)
-    limit, normalizer = parity.LIMITS[outtype], vocabulary.normalizer if vocabulary else None
+    limit, normalizer = parity.LIMITS[outtype], normalizer_of(loaded.tokenizer)
     metrics: dict[str, Any] = {}
     lines: list[str] = []
     try:

@@ -8,6 +8,7 @@ Reading goes through transformers' own reader, which nobody here wrote: one mist
 Leaves out what of a tokenizer can be written (`gguf_tokenizer.py`), and other architectures.
 """
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from ..config import UserError
 from ..model.convert import TARGETS
 from .gguf_tokenizer import Refused, Vocabulary
 
@@ -70,14 +72,16 @@ def _interleaved(weight: np.ndarray, num_heads: int) -> np.ndarray:
     return weight.reshape(num_heads, 2, size // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def _stored(array: np.ndarray, outtype: str) -> tuple[np.ndarray, Any]:
-    """A matrix as `outtype` says, in f16 where q8_0's blocks do not fit; vectors are always f32."""
+def _stored(key: str, array: np.ndarray, outtype: str) -> tuple[np.ndarray, Any]:
+    """A matrix as `outtype` says, in f16 where q8_0's blocks do not fit; vectors are always f32. Raises UserError."""
     import gguf
 
     if array.ndim < 2 or outtype == "f32":
         return array, gguf.GGMLQuantizationType.F32
     if outtype == "q8_0" and array.shape[-1] % BLOCK == 0:
         return gguf.quants.quantize(array, gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0
+    if (largest := np.abs(array).max()) > np.finfo(np.float16).max:
+        raise UserError(f"outtype={outtype!r}: {key} reaches {largest:.3g}, and f16 ends at 65504; use --outtype f32")
     return array.astype(np.float16), gguf.GGMLQuantizationType.F16
 
 
@@ -105,13 +109,16 @@ def write(path: Path, model: PreTrainedModel, vocabulary: Vocabulary, outtype: s
         array = tensor.float().numpy()
         if arch == "llama" and (end := ".".join(key.split(".")[-2:])) in heads:
             array = _interleaved(array, heads[end])
-        data, kind = _stored(np.ascontiguousarray(array), outtype)
+        data, kind = _stored(key, np.ascontiguousarray(array), outtype)
         if outtype == "q8_0" and kind == gguf.GGMLQuantizationType.F16:
             kept.append(key)
         writer.add_tensor(str(names.get_name(key, try_suffixes=(".weight",))), data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    try:
+        writer.write_tensors_to_file()
+    except OSError as error:  # numpy says only how many numbers went
+        raise error if error.errno else OSError(errno.ENOSPC, str(error)) from None
     writer.close()
     return kept
 

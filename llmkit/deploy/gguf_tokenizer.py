@@ -2,7 +2,7 @@
 
 Owns the names, and what is written about tokens, merges, BOS and where an answer ends.
 
-    vocabulary = vocabulary_of(tokenizer, num_rows=model.config.vocab_size);  vocabulary.add_to(writer)
+    vocabulary = vocabulary_of(model, tokenizer);  vocabulary.add_to(writer)
 
 Refuses by name what would give other ids. Leaves out SentencePiece, which llama.cpp's own converter takes.
 """
@@ -11,6 +11,7 @@ import dataclasses
 import json
 from typing import Any
 
+from tokenizers import normalizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import UserError
@@ -67,7 +68,6 @@ class Vocabulary:
     adds_bos: bool
     adds_eos: bool
     template: str | None
-    normalizer: str | None  # NFC: llama.cpp does without
 
     @property
     def more_ends(self) -> list[str]:
@@ -134,8 +134,14 @@ def pre_tokenizer_name(state: dict[str, Any]) -> str:
     return name
 
 
-def _check_options(state: dict[str, Any], pre: str) -> str | None:
-    """The normaliser that is there and not carried (NFC only). Raises Refused naming the option."""
+def normalizer_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """NFC where the tokenizer composes accents first: llama.cpp does without, whoever wrote the file."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    return "NFC" if backend is not None and isinstance(backend.normalizer, normalizers.NFC) else None
+
+
+def _check_options(state: dict[str, Any], pre: str) -> None:
+    """Raises Refused naming the option; NFC may be lacking, and is told."""
     normalizer = state["normalizer"]
     if normalizer is not None and normalizer["type"] != "NFC":
         raise Refused(f"to='gguf': llama.cpp has no normaliser {normalizer['type']} before a byte-level BPE")
@@ -150,7 +156,6 @@ def _check_options(state: dict[str, Any], pre: str) -> str | None:
         for key in ("lstrip", "rstrip", "single_word"):
             if token[key]:
                 raise Refused(f"to='gguf': {key} of the added token {token['content']!r} has no GGUF equivalent")
-    return normalizer["type"] if normalizer else None
 
 
 def adds_around(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
@@ -177,7 +182,7 @@ def vocabulary_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
     state = backend_of(tokenizer)
     pre = pre_tokenizer_name(state)
-    normalizer = _check_options(state, pre)
+    _check_options(state, pre)
     adds_bos, adds_eos = adds_around(tokenizer)
     num_rows = model.get_input_embeddings().weight.shape[0]
     names = {i: token for token, i in tokenizer.get_vocab().items()}
@@ -199,6 +204,5 @@ def vocabulary_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         raise Refused(f"to='gguf': the tokenizer has several chat templates ({', '.join(template)}); keep one")
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in state["model"]["merges"]]
     return Vocabulary(
-        pre, tokens, kinds, merges, bos_id(tokenizer), tokenizer.pad_token_id, ends, adds_bos, adds_eos,
-        template, normalizer,
-    )  # fmt: skip
+        pre, tokens, kinds, merges, bos_id(tokenizer), tokenizer.pad_token_id, ends, adds_bos, adds_eos, template
+    )

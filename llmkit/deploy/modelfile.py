@@ -91,8 +91,15 @@ def _is_right(tokenizer: Any, turns: Turns, form: str) -> bool:
 
 
 def _go(text: str) -> str:
-    """Text outside Go's actions; with braces in it, as a quoted string inside one."""
-    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if "{{" in text or "}}" in text else text
+    """As it is; as a quoted string in an action where it would open one, end TEMPLATE, or lose what Ollama drops.
+
+    Ollama's parser drops characters that cannot be printed, such as no-break spaces, but for tabs and line ends.
+    """
+    is_kept = all(c.isprintable() or c in "\t\r\n" for c in text)
+    if is_kept and "{{" not in text and '"""' not in text and not text.endswith("{"):
+        return text
+    quoted = json.dumps(text, ensure_ascii=False)  # escapes that Go knows too
+    return "{{ " + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted) + " }}"
 
 
 def go_template(turns: Turns, head: str) -> str:
@@ -127,11 +134,8 @@ def modelfile(
                 notes.append(f"the chat template writes no {bos}, and llama.cpp adds one before every prompt")
             if trims:
                 notes.append("the chat template trims messages at both ends, TEMPLATE does not")
-    if template is not None and '"""' in template:
-        template = None
-        notes.append('the chat template writes """, which a Modelfile cannot hold; it is in the GGUF')
     lines = [f"FROM ./{gguf_name}"]
     lines += [f'TEMPLATE """{template}"""'] if template is not None else []
-    lines += [f"PARAMETER stop {json.dumps(end, ensure_ascii=False)}" for end in ends]
+    lines += [f'PARAMETER stop "{end}"' for end in ends]  # Ollama takes what is between the quotes as it is
     lines += [f"PARAMETER num_ctx {context}"] if context else []
     return "\n".join(lines) + "\n", notes

@@ -32,6 +32,15 @@ from .loading import Source, find
 
 PACKAGES = ("openai", "fastapi", "uvicorn", "pydantic")  # of transformers[serving]
 LOCAL = ("127.0.0.1", "localhost", "::1")
+# the server, ending where its standard input does: when we are gone, by kill -9 too
+SERVER = """
+import os, runpy, signal, sys, threading
+def watch():
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=watch, daemon=True).start()
+runpy.run_module("transformers.cli.transformers", run_name="__main__")
+"""
 
 
 def _check_port(host: str, port: int) -> None:
@@ -70,8 +79,14 @@ def _check_model(source: Source) -> None:
 
 
 def check(config: ServeConfig) -> Source:
-    if config.model_name_or_path and (files := sorted(Path(config.model_name_or_path).glob("*.gguf"))):
-        raise UserError(f"model_name_or_path={config.model_name_or_path!r}: holds GGUF; `llama-server -m {files[0]}`")
+    folder = Path(config.model_name_or_path)
+    if (
+        config.model_name_or_path
+        and not (folder / "config.json").is_file()
+        and (files := sorted(folder.glob("*.gguf")))
+    ):
+        command = f"llama-server -m {shlex.quote(str(files[0]))}"
+        raise UserError(f"model_name_or_path={config.model_name_or_path!r}: holds GGUF; `{command}`")
     source = find(config.model_name_or_path)
     _check_model(source)
     if lacking := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
@@ -122,6 +137,10 @@ def _stopped_with_us(server: subprocess.Popen) -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
+def _address(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+
+
 def how_to_ask(source: Source, host: str, port: int) -> str:
     """A curl line that works: a chat where there is a template, else a continuation."""
     body: dict[str, Any] = {"model": source.path, "max_tokens": 64, "temperature": 0}
@@ -129,11 +148,8 @@ def how_to_ask(source: Source, host: str, port: int) -> str:
         end, body["messages"] = "chat/completions", [{"role": "user", "content": "Hello!"}]
     else:
         end, body["prompt"] = "completions", "Once upon a time"
-    name = f"[{host}]" if ":" in host else host
-    return (
-        f"curl http://{name}:{port}/v1/{end} -H 'Content-Type: application/json' "
-        f"-d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
-    )
+    data = shlex.quote(json.dumps(body, ensure_ascii=False))
+    return f"curl {_address(host, port)}/{end} -H 'Content-Type: application/json' -d {data}"
 
 
 def main(config: ServeConfig) -> Result:
@@ -145,18 +161,18 @@ def main(config: ServeConfig) -> Result:
     if config.host not in LOCAL:
         print(f"warning   host={config.host}: whoever reaches this machine may ask, unencrypted and without a password")
     device = "cpu" if config.use_cpu else detect(False).type
-    argv = [sys.executable, "-m", "transformers.cli.transformers", "serve", source.path]
+    argv = [sys.executable, "-c", SERVER, "serve", source.path]
     argv += ["--host", config.host, "--port", str(config.port), "--device", device, "--dtype", config.dtype]
     offline = {"HF_HUB_OFFLINE": "1"} if Path(source.path).is_dir() else {}  # a folder asks the Hub for nothing
     line = how_to_ask(source, config.host, config.port)
     print(f"loading   {source.path} on {device}", flush=True)
-    server = subprocess.Popen(argv, env=os.environ | offline)
+    server = subprocess.Popen(argv, env=os.environ | offline, stdin=subprocess.PIPE)
     with _stopped_with_us(server), contextlib.suppress(KeyboardInterrupt):
         while not _is_up(config.host, config.port):
             if server.poll() is not None:
                 raise UserError(f"`transformers serve` ended with exit code {server.returncode}; it said why above")
             time.sleep(0.2)
-        print(f"serving   http://{config.host}:{config.port}/v1 in OpenAI's API; Ctrl-C ends it")
+        print(f"serving   {_address(config.host, config.port)} in OpenAI's API; Ctrl-C ends it")
         print(f"ask it    {line}", flush=True)
         server.wait()
     wall_s, cpu_s = round(time.perf_counter() - started, 2), round(cpu_seconds(), 2)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -161,6 +162,18 @@ def test_q8_0_names_the_matrices_that_it_leaves_in_f16(tmp_path, capsys):
     assert "down_proj" not in note
 
 
+def test_commands_that_are_printed_can_be_pasted(tmp_path, capsys):
+    """A blank in a path, and a name that Ollama does not take."""
+    source = chat_model(tmp_path / "mein Modell é (1)")
+    assert export(source, tmp_path / "a b") == 0
+    lines = [line.split(None, 2) for line in capsys.readouterr().out.splitlines()]
+    said = {first: rest for first, _, rest in lines}
+    assert shlex.split(said["run"])[2:] == [str(tmp_path / "a b/mein Modell é (1)-f16.gguf")]
+    assert said["ollama"].startswith(f"'{tmp_path}/a b' && ollama create mein-Modell-1 -f")
+    assert export(source, tmp_path / "a c", "qwen3") == 0
+    assert capsys.readouterr().out.endswith(f"--model_name_or_path '{tmp_path}/a c'\n")
+
+
 # ---- faults of ours: each must be seen, and leave nothing behind
 
 
@@ -267,6 +280,26 @@ def test_nfc_is_told_and_its_texts_are_left_out(tmp_path, capsys):
     assert "llama.cpp has no NFC" in out and "the same ids on 24 texts" in out  # not the decomposed accents
 
 
+def test_weights_beyond_f16_are_refused_by_name(tmp_path, capsys):
+    source = chat_model(tmp_path / "m")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.model.embed_tokens.weight.data[9] = 7e4
+    model.save_pretrained(source)
+    line = refused(source, tmp_path, capsys, outtype="f16")
+    assert "model.embed_tokens.weight reaches 7e+04, and f16 ends at 65504; use --outtype f32" in line
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+    """numpy tells it without the system's number."""
+    import gguf
+
+    def full(self):
+        raise OSError("16384 requested and 12584 written")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    assert "the disk is full" in refused(chat_model(tmp_path / "m"), tmp_path, capsys)
+
+
 def test_models_that_are_no_plain_causal_lm_are_refused_in_one_line(tmp_path, capsys):
     from llmkit.model import LlmkitConfig, LlmkitForSequenceClassification
 
@@ -328,8 +361,10 @@ def test_others_go_through_llama_cpps_converter_and_are_compared_all_the_same(tm
     redraw(llama(vocab_size=424, hidden_size=64, rope_parameters=YARN), seed=1, std=0.2).save_pretrained(
         tmp_path / "other"
     )
+    tokenizer = bpe()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()  # as stock Qwen's
     for name in ("m", "same", "other"):
-        bpe().save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
     assert "--llama_cpp_dir CHECKOUT_OF_LLAMA_CPP" in refused(tmp_path / "m", tmp_path, capsys)
     for name in ("same", "other"):
         assert export(tmp_path / name, tmp_path / f"made_{name}") == 0
@@ -338,7 +373,8 @@ def test_others_go_through_llama_cpps_converter_and_are_compared_all_the_same(tm
         )
     capsys.readouterr()
     assert export(tmp_path / "m", tmp_path / "good", llama_cpp_dir=tmp_path / "cpp_same") == 0
-    assert "by llama.cpp's convert_hf_to_gguf.py" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "by llama.cpp's convert_hf_to_gguf.py" in out and "llama.cpp has no NFC" in out
     assert " is " in refused(tmp_path / "m", tmp_path, capsys, llama_cpp_dir=tmp_path / "cpp_other")
 
 
