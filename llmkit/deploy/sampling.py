@@ -160,6 +160,7 @@ class _Streamer(BaseStreamer):
 @contextlib.contextmanager
 def _nothing_else(model: PreTrainedModel) -> Iterator[None]:
     """What the model's generation_config.json asks for beyond `Settings` does not count, as in `write`."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT, which asks its base
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from helpers import tiny_model
+from peft import LoraConfig, get_peft_model
 from tiny import bpe_tokenizer, llama, sentencepiece_tokenizer
 from transformers import GenerationConfig
 
@@ -135,6 +136,8 @@ def test_what_a_models_own_generation_config_asks_for_does_not_count():
         torch.manual_seed(1)
         assert write_batch(model, TOKENIZER, [PROMPT], settings)[0].ids == expected
         assert model.generation_config is own
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear"))  # of zeros; asks its base for settings
+    assert write_batch(adapted, TOKENIZER, [PROMPT], settings)[0].ids == expected
 
 
 @pytest.mark.parametrize("model", [model_of(), llama()], ids=["ours", "llama"])
