@@ -122,8 +122,8 @@ def measure_speed(models: dict[str, Any], row: list[int]) -> dict[str, dict[str,
     """{name: {decode, prefill}} in tokens per second: greedy with a cache, and one pass over a row of the text."""
     device = next(iter(models.values())).get_input_embeddings().weight.device
     ids = torch.tensor([row[:PREFILL]], device=device)  # (1, T)
-    opening = ids[:, : max(1, min(8, ids.shape[1]))]
     context = getattr(next(iter(models.values())).config.get_text_config(), "max_position_embeddings", None) or 2048
+    opening = ids[:, : max(1, min(8, ids.shape[1], context // 2))]
     count = min(NEW_TOKENS, context - opening.shape[1])
 
     def decode(model: Any) -> float:

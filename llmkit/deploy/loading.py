@@ -51,12 +51,18 @@ class Source:
             return load_base_and_adapter(self.path, None, dtype, self.trust_remote_code, None, device)  # type: ignore[return-value]
         where: dict[str, Any] = {"device_map": {"": device}} if self.is_quantized else {}
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.path, dtype=dtype, trust_remote_code=self.trust_remote_code, **where
+            model, found = AutoModelForCausalLM.from_pretrained(
+                self.path, dtype=dtype, trust_remote_code=self.trust_remote_code, output_loading_info=True, **where
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"model_name_or_path={self.name!r}: cannot be loaded ({reason})") from None
+        if missing := sorted(found["missing_keys"]):  # drawn at random by now: reward models, encoder-decoders
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(
+                f"model_name_or_path={self.name!r}: holds no weights for {missing[0]}{more}; allowed: models that "
+                "continue text"
+            )
         if is_quantized(model):
             keep_unpacked(model)
             return model.eval()

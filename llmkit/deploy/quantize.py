@@ -11,7 +11,9 @@ Leaves out other methods (GPTQ, AWQ, GGUF) and quantised training (`llmkit sft` 
 import contextlib
 import dataclasses
 import importlib.util
+import io
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -85,11 +87,12 @@ def _plain_folder(source: Source, config: QuantizeConfig) -> Iterator[str]:
     from ..align import merge
 
     with tempfile.TemporaryDirectory(prefix="llmkit-merged-") as work:
-        merge.main(
-            MergeConfig(
-                source.path, f"{work}/model", trust_remote_code=source.trust_remote_code, use_cpu=config.use_cpu
-            )
+        settings = MergeConfig(
+            source.path, f"{work}/model", trust_remote_code=source.trust_remote_code, use_cpu=config.use_cpu
         )
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            merge.main(settings)
+        print(*(line for line in said.getvalue().splitlines() if work not in line), sep="\n")  # of a folder that goes
         yield f"{work}/model"
 
 
@@ -205,6 +208,15 @@ def measure(job: Job, run: Run) -> tuple[dict[str, dict[str, Any]], dict[str, An
             found = compare_on(job.original, others, passages, config.batch_size, pad)
         except ValueError as error:
             raise UserError(f"{name}: {error}; check weights and dtype") from None
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # layers whose weights are used by other ways than a forward pass (Mamba)
+            shutil.rmtree(run.model_dir)
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{job.source.name}: does not run in {method(config)} and was not kept ({reason}); leave out the "
+                "layers that cannot be quantised: --llm_int8_skip_modules, or try other bits"
+            ) from None
         shards[name] = _shard(found["quantized"], passages.entropy_nats)
         say(f"{name:<9} {_told(found['quantized'])}", markup=False)
         if packed:

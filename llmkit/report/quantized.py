@@ -44,16 +44,16 @@ def _losses(found: list[Facts]) -> Html:
             ratio = "" if f["perplexity_ratio"] is None else f"{f['perplexity_ratio']:.4f}"
             is_over = limit is not None and (f["perplexity_ratio"] or 0) > limit
             rows.append([
-                "" if i else s["name"], "" if i else q["method"] or "", shard,
-                _between(_exp(f["original_loss"]), _exp(f["loss"])),
+                "" if i else s["name"] + f" ({q['method']})" * bool(q["method"]), shard,
                 Html(f'<b class="bad">✗ {text(ratio)}</b>') if is_over else ratio,
+                "" if limit is None else f"{limit:g}",
                 "" if None in (low := f["perplexity_ratio_low"], high := f["perplexity_ratio_high"])
                 else f"[{low:.4f}, {high:.4f}]",
-                "" if limit is None else f"{limit:g}", percent(f["top1_agreement"]),
+                _between(_exp(f["original_loss"]), _exp(f["loss"])), percent(f["top1_agreement"]),
                 "" if f["kl"] is None else f"{f['kl']:.2g}",
             ])  # fmt: skip
-    head = ["stage", "method", "text", ">perplexity", ">times", ">95 %", ">limit", ">same likeliest token", ">KL"]
-    return table(head, rows)
+    # what decides comes first: a phone shows no more than that without a swipe
+    return table(["stage", "text", ">times", ">limit", ">95 %", ">perplexity", ">same likeliest token", ">KL"], rows)
 
 
 def _exp(loss: float | None) -> str:
@@ -79,6 +79,7 @@ def _rate(value: float | None) -> str:
 
 
 def _tasks(found: list[Facts]) -> str:
+    found = [s for s in found if s["quantized"]["tasks"]]
     tasks = list(dict.fromkeys(task for s in found for task in s["quantized"]["tasks"]))
     rows: list[list[object]] = []
     for task in tasks:

@@ -123,7 +123,8 @@ def findings(figures: Figures) -> list[dict[str, str]]:
 
     for s in stages:
         if why := complaint(s):
-            say("fail", why, "Its folder is whole; 8 bit, or layers left as they are, lose less.", "quantized")
+            other = "" if s["quantized"]["method"] == "8bit" else "8 bit, or "
+            say("fail", why, f"Its folder is whole; {other}more layers left as they are lose less.", "quantized")
         elif s["status"] != "ok":
             say("fail", f"{s['name']} {_status(s)}{_where(s)}", "Its figures are those of an unfinished run.", "curves")
     for name, rows in _worst_first(by_stage(figures, "lost")):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from llmkit import cli
 from llmkit.deploy import layers, quantize
@@ -178,13 +178,28 @@ def test_an_adapter_is_merged_first(source, tmp_path, capsys):
     adapted.save_pretrained(tmp_path / "adapter")
     argv = words(tmp_path / "adapter", tmp_path / "out", "--load_in_8bit", "--max_perplexity_ratio", "9")
     assert cli.main(argv) == 0
-    assert "merged    LORA of rank 2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "merged    LORA of rank 2" in said
+    assert said.count("load it") == 1, "the folder of the merged model has gone again"
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     ids = torch.tensor([[1, 5, 7, 9]])
     with torch.no_grad():
         far = (read(ids).logits - adapted.eval()(ids).logits).abs().max()
         apart = (read(ids).logits - AutoModelForCausalLM.from_pretrained(source)(ids).logits).abs().max()
     assert far < apart / 5
+
+
+@pytest.mark.medium
+def test_what_does_not_run_quantised_is_said_in_one_line_and_not_kept(tmp_path, capsys):
+    """Mamba uses the weight of a layer by itself; in 8 bit that ended in a traceback, with the folder there."""
+    config = MambaConfig(vocab_size=424, hidden_size=32, num_hidden_layers=1, state_size=4, bos_token_id=1)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "held.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
+    capsys.readouterr()
+    assert cli.main(words(tmp_path / "model", tmp_path / "out", "--load_in_8bit")) == 2
+    assert "model: does not run in 8bit and was not kept (" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out" / "model").exists()
 
 
 @pytest.mark.medium

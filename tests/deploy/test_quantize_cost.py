@@ -82,6 +82,12 @@ def test_speed_is_told_for_every_model():
     assert set(found) == {"a", "b"} and all(rate > 0 for rates in found.values() for rate in rates.values())
 
 
+def test_speed_of_a_context_of_a_few_tokens():
+    """Eight of its positions were filled before the first token."""
+    found = measure_speed({"a": tiny.llama(max_position_embeddings=6)}, [1, 5, 7, 9, 8, 6])
+    assert found["a"]["decode"] > 0
+
+
 @pytest.mark.parametrize("is_double", [False, True])
 def test_scales_of_4_bit_count_as_memory(tmp_path, is_double):
     """Blocks of 64 weights share one: 4 bytes each, or 1 byte and 4 for every 256 of them."""

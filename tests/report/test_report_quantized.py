@@ -58,6 +58,19 @@ def test_a_loss_above_the_limit_is_a_finding_that_says_what_to_do(root):
     assert "unfinished" not in found["todo"]
 
 
+def test_what_to_do_about_8_bit_is_not_8_bit(root):
+    manifest = json.loads((root / "quantize-4bit" / "manifest.json").read_text())
+    write(root / "quantize-4bit" / "manifest.json", manifest | {"quantization": "8bit"})
+    found = next(one for one in gather([str(root)])["findings"] if "quantize-4bit" in one["what"])
+    assert found["todo"] == "Its folder is whole; more layers left as they are lose less."
+
+
+def test_a_stage_without_tasks_is_no_column_of_them(root):
+    write_run(root / "quantize-8bit", "quantize", [], str(root / "sft"), shards=SHARDS, metrics={"kl": 1.0}, tokens=0)
+    tasks = part(page(gather([str(root)]))).split("<table>")[3].split("</table>")[0]
+    assert "quantize-4bit" in tasks and "quantize-8bit" not in tasks
+
+
 def test_a_quantised_stage_is_a_child_and_no_trained_run(root):
     html = page(gather([str(root)]))
     chain = html.split('<ol class="chain"')
