@@ -28,14 +28,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import UserError
 from ..data.tokenizer import bos_id
 from ..evaluate.columns import manifest_of, run_of
-from ..hardware import cpu_seconds, detect, use_threads
+from ..hardware import cpu_seconds, detect
 from ..run import Result, quiet_libraries
 from ..verbs import GenerateConfig
 from .decode import LeanDecoder, lean_refusal
-from .loading import find
+from .loading import find, use_decode_threads
 from .sampling import Continuation, Settings, Tell, settings_for, write, write_batch
 
-THREAD_SHARE = 100.0  # a token reads every weight once and waits for memory: a thread for 20 M of them, not for 1,000 M
 SHADES = ((0.9, "green"), (0.5, "cyan"), (0.1, "yellow"), (0.0, "red"))  # probability from which, colour
 PATIENCE = 8  # tokens after which half a character is shown as it is
 # key, what its value must be, how to say it
@@ -277,7 +276,7 @@ def prepare(config: GenerateConfig) -> Job:
     tokenizer = source.load_tokenizer()
     device = detect(config.use_cpu)
     model = source.load(device=device.type)
-    use_threads(device, sum(p.numel() for p in model.parameters()) * THREAD_SHARE)
+    use_decode_threads(device, model)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams")
     chosen = {name: getattr(config, name) for name in names}
     settings = settings_for(

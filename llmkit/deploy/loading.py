@@ -17,7 +17,10 @@ from ..align.lora import adapter_dir, base_of, is_quantized, keep_unpacked, load
 from ..config import UserError
 from ..data.tokenizer import load_tokenizer
 from ..evaluate.columns import manifest_of, run_of
+from ..hardware import Device, use_threads
 from ..run import resolve_model_dir
+
+DECODE_SHARE = 100.0  # one row reads every weight once and waits for memory: a thread for 20 M of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,3 +90,8 @@ def find(name: str, trust_remote_code: bool = False, key: str = "model_name_or_p
     is_adapter = folder is not None and not is_model
     at = Path(str(folder)) if is_adapter else Path(path)
     return Source(name, str(at) if is_local else path, is_adapter, run_of(at) if is_local else None, trust_remote_code)
+
+
+def use_decode_threads(device: Device, model: PreTrainedModel) -> None:
+    """As many threads as writing one token of one row keeps busy; see `hardware.use_threads`."""
+    use_threads(device, sum(p.numel() for p in model.parameters()) * DECODE_SHARE)

@@ -34,7 +34,7 @@ from ..run import Result, Run, check_output_dir, quiet_libraries, written_beside
 from ..verbs import MergeConfig, QuantizeConfig
 from .cost import Cost, compare_on, measure_speed, plain_load, resident_growth, weight_bytes
 from .layers import Plan, bits_config, method, plan_layers, sizes_of
-from .loading import Source, find
+from .loading import Source, find, use_decode_threads
 from .passages import Passages, find_passages
 
 LIMITS = {8: 1.01, 4: 1.05}  # of the perplexity ratio
@@ -201,6 +201,7 @@ def measure(job: Job, run: Run) -> tuple[dict[str, dict[str, Any]], dict[str, An
         others["unpacked"] = plain_load(run.model_dir, job.device, config.trust_remote_code)
         keep_unpacked(others["unpacked"])
     pad = job.tokenizer.eos_token_id or 0
+    width = max(9, *map(len, job.passages))
     shards: dict[str, dict[str, Any]] = {}
     unpacked: dict[str, float] = {}
     for name, passages in job.passages.items():
@@ -218,7 +219,7 @@ def measure(job: Job, run: Run) -> tuple[dict[str, dict[str, Any]], dict[str, An
                 "layers that cannot be quantised: --llm_int8_skip_modules, or try other bits"
             ) from None
         shards[name] = _shard(found["quantized"], passages.entropy_nats)
-        say(f"{name:<9} {_told(found['quantized'])}", markup=False)
+        say(f"{name:<{width}} {_told(found['quantized'])}", markup=False)
         if packed:
             unpacked[name] = found["unpacked"].ratio
     if packed:
@@ -229,6 +230,7 @@ def measure(job: Job, run: Run) -> tuple[dict[str, dict[str, Any]], dict[str, An
         )  # fmt: skip
     row = max((row[1] for passages in job.passages.values() for row in passages.rows), key=len)
     metrics = {"unpacked_perplexity_ratio": max(unpacked.values())} if packed else {}
+    use_decode_threads(detect(job.device == "cpu"), job.original)
     metrics |= _sizes_of(job, run, model) | _speed(job, measure_speed({"original": job.original, **others}, row))
     if job.scorer:
         for prefix, asked in (("original_", job.original), ("", model)):

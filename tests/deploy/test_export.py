@@ -62,7 +62,6 @@ def test_a_folder_keeps_logits_template_and_ends(to, options, tmp_path, capsys):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == bpe().chat_template
 
 
-@pytest.mark.medium
 def test_an_export_knows_what_it_was_made_of(tmp_path):
     """And its hash is that of what answers, not of when it was written."""
     chat_model(tmp_path / "run/model")
@@ -80,6 +79,7 @@ def test_an_export_knows_what_it_was_made_of(tmp_path):
     assert len(hashes) == 1
 
 
+@pytest.mark.medium
 def test_a_folder_loads_in_a_process_that_has_no_llmkit(tmp_path):
     source = chat_model(tmp_path / "m")
     assert export(source, tmp_path / "out", "qwen3") == 0
