@@ -207,6 +207,14 @@ def test_a_foreign_prompt_opens_as_its_tokenizer_opens_texts(folders):
     assert generate.opens_with_bos(str(folders / "llama"), bpe_tokenizer(bos=True))
 
 
+def test_a_prompt_opens_as_the_model_was_trained():
+    tokenizer, config = bpe_tokenizer(bos=True), generate.GenerateConfig("m")
+    ids = tokenizer("The red", add_special_tokens=False)["input_ids"]
+    assert generate._encode(config, tokenizer, True, "The red").ids == [1, *ids]
+    assert generate._encode(config, tokenizer, False, "The red").ids == ids
+    assert generate._encode(config, tokenizer, False, "").ids == [1]  # something has to be there
+
+
 def test_a_prompt_that_fills_the_context_to_the_last_token_is_too_long(run):
     flags = ["--temperature", "0", "--max_new_tokens", "4"]
     text = "red" + " old" * 60

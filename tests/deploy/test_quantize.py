@@ -156,6 +156,49 @@ def test_a_loss_above_the_limit_fails_and_keeps_the_folder(source, tmp_path, cap
 
 
 @pytest.mark.medium
+@pytest.mark.parametrize(("flag", "limit", "code"), [("--load_in_8bit", 1.01, 1), ("--load_in_4bit", 1.05, 0)])
+def test_the_worst_text_counts_against_the_limit_of_the_bits(source, tmp_path, monkeypatch, flag, limit, code):
+    def told(original, others, passages, *_):
+        ratio = 1.03 if passages.num_documents == 2 else 1.0
+        return dict.fromkeys(others, Cost(0.3, 0.2, ratio, ratio, ratio, 0.9, 0.01, 2, 100))
+
+    monkeypatch.setattr(quantize, "compare_on", told)
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
+    both = "[{path: json, data_files: held.jsonl, shard: two}, {path: json, data_files: one.jsonl, shard: one}]"
+    argv = words(source, tmp_path / "out", flag)
+    argv[argv.index("--eval_datasets") + 1] = both
+    assert cli.main(argv) == code
+    metrics = json.loads((tmp_path / "out" / "result.json").read_text())["metrics"]
+    assert (metrics["perplexity_ratio"], metrics["max_perplexity_ratio"]) == (1.03, limit)
+
+
+def test_entropy_is_told_per_token():
+    cost = Cost(0.3, 0.2, 1.1, 1.0, 1.2, 0.9, 0.01, 2, 100)
+    assert quantize._shard(cost, 50.0)["entropy"] == 0.5 and quantize._shard(cost, None)["entropy"] is None
+
+
+@pytest.mark.medium
+def test_the_folder_holds_what_was_asked_for_and_tasks_are_asked_before_and_after(source, tmp_path, monkeypatch):
+    class Scorer:
+        def __init__(self, *_):
+            pass
+
+        def figures(self):
+            return ["acc"]
+
+        def score(self, model):
+            return {"acc": 0.4 if getattr(model, "is_quantized", False) else 0.5}
+
+    monkeypatch.setattr("llmkit.evaluate.in_training.TaskScorer", Scorer)
+    flags = ["--load_in_4bit", "--bnb_4bit_quant_type", "fp4", "--use_bnb_nested_quant", "--eval_tasks", "[any]"]
+    cli.main(words(source, tmp_path / "out", *flags))
+    how = json.loads((tmp_path / "out" / "model" / "config.json").read_text())["quantization_config"]
+    assert (how["bnb_4bit_quant_type"], how["bnb_4bit_use_double_quant"]) == ("fp4", True)
+    metrics = json.loads((tmp_path / "out" / "result.json").read_text())["metrics"]
+    assert (metrics["original_acc"], metrics["acc"]) == (0.5, 0.4)
+
+
+@pytest.mark.medium
 @pytest.mark.parametrize(("hidden", "width"), [(64, 96), (64, 100), (128, 352)])
 def test_layers_that_do_not_divide_do_not_break_the_folder(tmp_path, hidden, width):
     """Quantised, they end in a RuntimeError or AssertionError at the first use on a CPU with AVX512-BF16."""

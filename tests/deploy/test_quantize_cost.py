@@ -1,5 +1,6 @@
 """Figures of a smaller model against the original, by hand; and the text that they are taken on."""
 
+import dataclasses
 import json
 import math
 import types
@@ -52,6 +53,15 @@ def test_figures_by_hand(batch_size):
     assert (found.top1_agreement, found.num_documents, found.num_tokens) == (0.0, 2, 5)
 
 
+@pytest.mark.parametrize("most", [1, 9, 18])
+def test_batches_cut_short_by_a_large_vocabulary_skip_no_row(monkeypatch, most):
+    first, other = Fixed(0.5, 0.3, 0.2), Fixed(0.3, 0.6, 0.1)
+    whole = compare_on(first, {"q": other}, Passages(ROWS, 2, ""), 16, 0)["q"]
+    monkeypatch.setattr(cost, "MOST_LOGITS", most)
+    cut = compare_on(first, {"q": other}, Passages(ROWS, 2, ""), 16, 0)["q"]
+    assert dataclasses.asdict(cut) == pytest.approx(dataclasses.asdict(whole), rel=1e-5)
+
+
 def test_the_same_model_costs_nothing():
     found = compare_on(Fixed(0.5, 0.3, 0.2), {"q": Fixed(0.5, 0.3, 0.2)}, Passages(ROWS, 2, ""), 16, 0)["q"]
     assert (found.ratio, found.low, found.high, found.top1_agreement) == (1.0, 1.0, 1.0, 1.0)
@@ -98,6 +108,16 @@ def test_scales_of_4_bit_count_as_memory(tmp_path, is_double):
     blocks = [size // 64 for size in sizes]
     expected = sum(n + 4 * math.ceil(n / 256) for n in blocks) if is_double else sum(4 * n for n in blocks)
     assert weight_bytes(model) - model.get_memory_footprint() == expected
+
+
+def test_scales_of_8_bit_count_as_memory_once_it_has_run(tmp_path):
+    """A float32 for every row of a layer."""
+    tiny.llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    model = cost.plain_load(tmp_path, "cpu", quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    with torch.no_grad():
+        model(torch.tensor([[1, 5]]))
+    rows = (64 + 32 + 32 + 64 + 128 + 128 + 64) * 2
+    assert weight_bytes(model) - model.get_memory_footprint() == 4 * rows
 
 
 @pytest.mark.medium
@@ -161,6 +181,19 @@ def test_a_chat_model_is_asked_on_answers_of_its_own_kind(family, which):
     assert tokenizer.decode([label for label in labels if label != -100]) == f"{answer}<|im_end|>"
     at = next(i for i, label in enumerate(labels) if label != -100)
     assert inputs[at + 1] == labels[at]
+
+
+def test_a_model_that_was_trained_on_as_raw_text_is_asked_on_raw_text(family, tmp_path):
+    """Also where its parent was tuned on chats."""
+    raw = {"path": "json", "data_files": "raw.jsonl", "shard": "raw"}
+    name = run_folder(tmp_path / "more", "pretrain", family[1],
+                      {"output_dir": "o", "eval_datasets": [raw], "max_length": 64})  # fmt: skip
+    assert list(passages(name)) == ["raw"]
+
+
+def test_a_window_is_no_longer_than_the_context(family):
+    found = find_passages(find(family[0]), QuantizeConfig(family[0], "o", window=999), tiny.bpe_tokenizer(bos=True), 9)
+    assert max(len(row[1]) for row in found["raw"].rows) == 9
 
 
 def test_a_window_without_use_is_refused(family):

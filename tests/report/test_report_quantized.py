@@ -58,6 +58,15 @@ def test_a_loss_above_the_limit_is_a_finding_that_says_what_to_do(root):
     assert "unfinished" not in found["todo"]
 
 
+def test_a_loss_at_the_limit_is_none_above_it(root):
+    """Failed for another reason: what the verb allows, the page does not call a loss."""
+    result = json.loads((root / "quantize-4bit" / "result.json").read_text())
+    result["metrics"]["max_perplexity_ratio"] = 1.0513
+    write(root / "quantize-4bit" / "result.json", result)
+    figures = gather([str(root)])
+    assert not any("perplexity on" in one["what"] for one in figures["findings"]) and "✗ 1.0513" not in page(figures)
+
+
 def test_what_to_do_about_8_bit_is_not_8_bit(root):
     manifest = json.loads((root / "quantize-4bit" / "manifest.json").read_text())
     write(root / "quantize-4bit" / "manifest.json", manifest | {"quantization": "8bit"})
