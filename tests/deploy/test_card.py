@@ -358,7 +358,8 @@ def test_an_adapter_beside_its_base_names_this_repository(family, tmp_path, weig
 
 def test_an_unknown_licence_is_refused_and_a_contradiction_is_said(tmp_path):
     base = run(tmp_path / "base")
-    assert "license is unknown" in refusal(found, run(tmp_path / "x", base))
+    assert "neither the run nor its parents state one" in refusal(found, run(tmp_path / "x", base))
+    assert "qwen/q states none, or the Hub is not in reach" in refusal(found, run(tmp_path / "q", "qwen/q"))
     assert "allowed: an identifier of the Hub" in refusal(found, base, given="my-own")
     llama = run(tmp_path / "llama", license="llama3.1")
     licence, _, warning = found(run(tmp_path / "y", llama), given="mit")[1]
