@@ -30,7 +30,7 @@ ALLOWED = {  # kind -> what may go; code only where a config names it
         "adapter_config.json", "adapter_model.safetensors", "base_quantization.json", "generation_config.json",
         *TOKENIZER,
     ],
-    "gguf": ["*.gguf", "Modelfile"],
+    "gguf": ["[!.]*.gguf", "Modelfile"],
 }  # fmt: skip
 TEXT = (".json", ".jinja", ".py", ".txt", ".md")
 VOCABULARY = ("vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")  # any text may be a token there
@@ -94,7 +94,6 @@ def collect(folder: Path, kind: str, into: str = "") -> tuple[list[Item], list[s
     Raises UserError where the folder lacks a part, or holds it as a link to elsewhere.
     """
     wanted = {path for pattern in ALLOWED[kind] for path in folder.glob(pattern) if path.is_file()}
-    wanted = {path for path in wanted if path.name[0] != "."}
     if kind == "model":
         wanted |= {folder / name for name in _code(folder)}
     for path in sorted(wanted):

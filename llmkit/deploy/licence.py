@@ -127,5 +127,7 @@ def find_licence(given: str | None, parent: Parent, own: Path | None) -> tuple[s
         whence = "from its earlier card"
     if not stated or stated not in LICENCES:
         found = f"its parent states {stated!r}" if stated else "neither the run nor its parents state one"
+        if not stated and parent.hub_id:
+            found = f"{parent.hub_id} states none, or the Hub is not in reach"
         raise UserError(f"license is unknown ({found}); name one, e.g. --license apache-2.0")
     return stated, whence, None

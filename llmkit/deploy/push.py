@@ -196,11 +196,11 @@ def _send(config: PushConfig, state: hub.State, items: list[Item], place: Path, 
     return str(sha)
 
 
-def _taken(state: hub.State) -> UserError:
+def _taken(state: hub.State, way: str = "replace what is in it: --update true") -> UserError:
     held = ", ".join(sorted(state.files)[:3])
     return UserError(
         f"hub_model_id={state.repo_id!r} is taken: it holds {len(state.files)} files ({held}, ...); choose another "
-        "name, or replace what is in it: --update true"
+        f"name, or {way}"
     )
 
 
@@ -251,7 +251,7 @@ def check_access(settings: Any) -> None:
     with hub.session(print):
         state = hub.access(settings.hub_model_id)
     if state.files:
-        raise _taken(state)
+        raise _taken(state, "push after the run: llmkit push --update true")
     if not state.is_private and settings.hub_private_repo:
         _check_room(state, PushConfig(hub_private_repo=True))
     seen = "private" if state.is_private else "public"

@@ -159,6 +159,9 @@ def test_what_was_made_of_a_model_keeps_its_lineage_and_trained_on_nothing(famil
     text = (plain.parent / "out/README.md").read_text()
     assert data_of(text)["license"] == "mit" and data_of(text)["base_model"] == "ann/sft"
     assert "base_model_relation" not in data_of(text)  # the very weights: no finetune, nor quantised
+    (family / "sft/published.json").rename(family / "pretrain/published.json")  # a stage lies between
+    push.main(PushConfig(model_name_or_path=str(plain), hub_model_id="ann/p", output_dir=str(plain.parent / "o")))
+    assert data_of((plain.parent / "o/README.md").read_text())["base_model_relation"] == "finetune"
     assert "→ sft (sft) → plain (export)." in text and "converted with llmkit from [ann/sft]" in text
     assert "| plain |" not in text and "plain: from" not in text and "not compared with its parent" not in text
 
@@ -354,11 +357,15 @@ def test_an_adapter_beside_its_base_names_this_repository(family, tmp_path, weig
     items, _ = push._items(config, family / "dpo/model", "model", parent, print)
     (item,) = [item for item in items if item.path == "lora/adapter_config.json"]
     assert parent.hub_id == "ann/before" and json.loads(item.read())["base_model_name_or_path"] == "ann/toy"
+    other = PushConfig(model_name_or_path=str(family / "grpo"), hub_model_id="ann/toy", variants=[str(lora)])
+    line = refusal(push._items, other, family / "grpo/model", "model", parent, print)  # dpo itself is not on the Hub
+    assert "lora/adapter_config.json" in line and "push that model first" in line
 
 
 def test_an_unknown_licence_is_refused_and_a_contradiction_is_said(tmp_path):
     base = run(tmp_path / "base")
-    assert "license is unknown" in refusal(found, run(tmp_path / "x", base))
+    assert "neither the run nor its parents state one" in refusal(found, run(tmp_path / "x", base))
+    assert "qwen/q states none, or the Hub is not in reach" in refusal(found, run(tmp_path / "q", "qwen/q"))
     assert "allowed: an identifier of the Hub" in refusal(found, base, given="my-own")
     llama = run(tmp_path / "llama", license="llama3.1")
     licence, _, warning = found(run(tmp_path / "y", llama), given="mit")[1]

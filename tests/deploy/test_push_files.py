@@ -81,7 +81,7 @@ def test_code_goes_where_auto_map_names_it_and_what_it_imports_from_beside(tmp_p
 
 def test_a_run_folder_stands_for_its_model_and_exports_and_adapters_are_known(tmp_path):
     model(tmp_path / "run/model")
-    put(tmp_path / "gguf", model__gguf="x", Modelfile="FROM ./model.gguf", notes__txt="")
+    put(tmp_path / "gguf", model__gguf="x", Modelfile="FROM ./model.gguf", notes__txt="", __half__gguf="x")
     adapter(tmp_path / "lora/adapter", "ann/base")
     assert find_kind(str(tmp_path / "run")) == (tmp_path / "run/model", "model")
     assert find_kind(str(tmp_path / "lora")) == (tmp_path / "lora/adapter", "adapter")

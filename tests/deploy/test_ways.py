@@ -51,7 +51,13 @@ def adapter(folder: Path, base: Path | str, **config) -> Path:
 
 
 @pytest.mark.parametrize(
-    "options, said", [({}, "--to qwen3"), ({"qk_norm": False}, "--to llama"), ({"final_logit_softcapping": 15.0}, None)]
+    "options, said",
+    [
+        ({}, "--to qwen3"),
+        ({"qk_norm": False}, "--to llama"),
+        ({"final_logit_softcapping": 15.0}, None),
+        ({"hidden_act": "relu2"}, None),
+    ],
 )
 def test_a_model_is_only_said_to_become_what_it_can_become(options, said, tmp_path):
     """`--to qwen3` was written for all, and refused for the other two."""
