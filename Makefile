@@ -7,7 +7,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_DISABLE_TELEMETRY := 1
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: help setup setup-all tokenizer-toy check-toy inspect-toy check-report data-toy data-medium pretrain-toy sft-toy dpo-toy kto-toy rrhf-toy reward-toy grpo-toy hack-toy overfit-toy report-toy generate-toy export-toy push-toy pretrain-shakespeare-char adapt-lora clean-toy lint format test test-fast test-all
+.PHONY: help setup setup-all tokenizer-toy check-toy inspect-toy check-report data-toy data-medium pretrain-toy sft-toy dpo-toy kto-toy rrhf-toy reward-toy grpo-toy hack-toy overfit-toy report-toy quantize-toy generate-toy export-toy push-toy pretrain-shakespeare-char adapt-lora clean-toy lint format test test-fast test-all
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -106,6 +106,10 @@ runs/toy/sft/model:
 
 runs/toy/dpo/model:
 	$(MAKE) dpo-toy
+
+quantize-toy: $(VENV)/all runs/toy/pretrain/model  ## the toy model in 8 and in 4 bit, and what each costs
+	$(OFFLINE) $(BIN)/llmkit quantize recipes/toy/quantize_8bit.yaml
+	$(OFFLINE) $(BIN)/llmkit quantize recipes/toy/quantize_4bit.yaml
 
 generate-toy: $(VENV)/core  ## let the toy model write a document
 	$(BIN)/llmkit generate --model_name_or_path runs/toy/pretrain

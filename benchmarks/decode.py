@@ -9,15 +9,18 @@ Leaves out batches, sampling and loading.
 """
 
 import argparse
+import contextlib
+import importlib.util
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+Way = Callable[[list[int], int], list[int]]  # prompt, number of new tokens -> those
 sys.path.insert(0, str(ROOT))
 
 
@@ -44,15 +47,19 @@ def build(layers: int, width: int, context: int, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def ways(folder: Path, context: int, threads: int) -> tuple[dict[str, Callable[[list[int], int], list[int]]], int]:
-    """Name -> (prompt, number of new tokens) -> new tokens; and the number of parameters."""
+@contextlib.contextmanager
+def ways(folder: Path, context: int, threads: int) -> Iterator[tuple[dict[str, Way], int]]:
+    """What each is called, and the number of parameters."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from llmkit.deploy.decode import LeanDecoder
     from llmkit.deploy.sampling import Settings, write
+    from llmkit.run import quiet_libraries
 
+    quiet_libraries()
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model.generation_config.eos_token_id = None  # all write as many tokens
     decoder = LeanDecoder(AutoModelForCausalLM.from_pretrained(folder).eval(), context)
 
     def settings(count: int) -> Settings:
@@ -61,34 +68,44 @@ def ways(folder: Path, context: int, threads: int) -> tuple[dict[str, Callable[[
     def by_generate(ids: list[int], count: int) -> list[int]:
         inputs = torch.tensor([ids])
         mask = torch.ones_like(inputs)
-        out = model.generate(
-            inputs, attention_mask=mask, max_new_tokens=count, do_sample=False, eos_token_id=-1, pad_token_id=0
-        )
+        out = model.generate(inputs, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0)
         return out[0, len(ids) :].tolist()
 
     found = {
         "lean": lambda ids, count: write(decoder, None, ids, settings(count)).ids,  # type: ignore[arg-type]
         "generate": by_generate,
     }
-    try:
-        import llama_cpp
-    except ImportError:
-        print("llama_cpp is not installed: pip install llama-cpp-python adds its column")
-    else:
-        from llmkit.deploy.export import main as export
-        from llmkit.verbs import ExportConfig
+    with contextlib.ExitStack() as stack:
+        if importlib.util.find_spec("llama_cpp") is None:
+            print("llama_cpp is not installed: pip install llama-cpp-python adds its column")
+        else:
+            found["llama.cpp"] = by_llama_cpp(folder, context, threads, stack)
+        yield found, sum(p.numel() for p in model.parameters())
 
+
+def by_llama_cpp(folder: Path, context: int, threads: int, stack: contextlib.ExitStack) -> Way:
+    import llama_cpp
+
+    from llmkit.deploy.export import main as export
+    from llmkit.verbs import ExportConfig
+
+    with contextlib.redirect_stdout(None):
         export(ExportConfig(str(folder), to="gguf", output_dir=str(folder / "gguf"), outtype="f32"))
-        file = next((folder / "gguf").glob("*.gguf"))
-        llama = llama_cpp.Llama(str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
+    file = next((folder / "gguf").glob("*.gguf"))
+    llama = llama_cpp.Llama(str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
+    stack.callback(llama.close)
 
-        def by_llama(ids: list[int], count: int) -> list[int]:
-            llama.reset()
-            stream = llama.generate(ids, top_k=1, temp=0.0, repeat_penalty=1.0)
-            return [token for token, _ in zip(stream, range(count), strict=False)]
+    def run(ids: list[int], count: int) -> list[int]:
+        llama.reset()
+        llama.eval(ids)
+        new: list[int] = []
+        while len(new) < count:
+            new.append(int(llama.scores[llama.n_tokens - 1].argmax()))
+            if len(new) < count:
+                llama.eval(new[-1:])
+        return new
 
-        found["llama.cpp"] = by_llama
-    return found, sum(p.numel() for p in model.parameters())
+    return run
 
 
 def main() -> None:
@@ -105,9 +122,10 @@ def main() -> None:
     prompt = list(range(300, 316))
     for shape in args.shapes:
         layers, width = (int(part) for part in shape.split("x"))
-        with tempfile.TemporaryDirectory() as name:
+        with contextlib.ExitStack() as stack:
+            name = stack.enter_context(tempfile.TemporaryDirectory())
             build(layers, width, len(prompt) + args.new, Path(name) / "model")
-            found, count = ways(Path(name) / "model", len(prompt) + args.new, args.threads)
+            found, count = stack.enter_context(ways(Path(name) / "model", len(prompt) + args.new, args.threads))
             seconds: dict[str, list[float]] = {way: [] for way in found}
             written = {way: run(prompt, args.new) for way, run in found.items()}  # also warms up
             for _ in range(args.rounds):
@@ -119,7 +137,7 @@ def main() -> None:
         ratios = [theirs / ours for ours, theirs in zip(seconds["lean"], seconds["generate"], strict=True)]
         same = ", ".join(f"{way} {tokens == written['lean']}" for way, tokens in written.items() if way != "lean")
         print(
-            f"{layers} layers, {width} wide, {count / 1e6:.1f} M parameters, {args.threads} thread: tokens/s {rates}\n"
+            f"{layers} layers, {width} wide, {count / 1e6:.1f} M parameters, threads {args.threads}: tokens/s {rates}\n"
             f"  lean / generate {statistics.median(ratios):.2f} (median of {args.rounds} rounds, "
             f"{min(ratios):.2f} to {max(ratios):.2f}); the same {args.new} tokens: {same}",
             flush=True,

@@ -424,6 +424,17 @@ class Run:
         return result
 
 
+def write_derived(folder: Path, result: "Result", theirs: dict[str, Any]) -> None:
+    """Manifest and result beside a model that a verb made of another one, whose manifest is `theirs`.
+
+    So its lineage goes on, and what was trained is known: the template, whether documents open with BOS.
+    """
+    kept = ("tokenizer", "chat_template", "documents_open_with_bos", "overfit")
+    facts = {"parent": result.parent} | {key: theirs[key] for key in kept if key in theirs}
+    write_json(folder / "manifest.json", whence(result.stage) | facts)
+    write_json(folder / "result.json", vars(result))
+
+
 def resolve_model_dir(name_or_path: str) -> str:
     """A run folder stands for its `model/`, or for its `adapter/` where it has no whole model; the rest is as it is."""
     for inside, file in (("model", "config.json"), ("adapter", "adapter_config.json")):

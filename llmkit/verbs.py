@@ -271,11 +271,15 @@ class QuantizeConfig:
     load_in_4bit: bool = option(False, "4 bit")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "of load_in_4bit")
     use_bnb_nested_quant: bool = option(False, "of load_in_4bit: the scales are quantised too (double quantisation)")
-    llm_int8_skip_modules: list = option([], "layers that stay as they are, besides embeddings and head")
+    llm_int8_skip_modules: list = option(
+        [], "ends of names of layers that stay as they are, besides embeddings, head and what 4 bit cannot hold"
+    )
     # what it cost
-    eval_datasets: list = option([], "raw text: list of {path, data_files, ..., shard}; none: that of the runs")
+    eval_datasets: list = option(
+        [], "raw text: list of {path, data_files, ..., shard}; none: what the run it comes from was validated on"
+    )
     data_dir: str = option(".", "folder that relative data_files start from")
-    window: int | None = option(None, "tokens of context in perplexity; null: that of the runs, else the model's")
+    window: int | None = option(None, "tokens of context of raw text; null: as the runs were trained, at most 1024")
     eval_tasks: str | list = option([], "tasks of `llmkit eval` to ask before and after, e.g. [toyworld_answers]")
     eval_tasks_limit: int | None = option(None, "items of each of them; null: all")
     max_perplexity_ratio: float | None = option(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 WORDS = "red blue green cat dog bird house tree river stone runs sleeps sings small large old new one two three".split()
@@ -58,6 +58,17 @@ def bpe_tokenizer(bos: bool = False, chat: bool = True, **options: Any) -> PreTr
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_bpe(bos)), **given | options)
     tokenizer.chat_template = CHATML if chat else None
     return tokenizer
+
+
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama 2's: the first space of a decoded text is dropped, unknown characters are bytes."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += dict.fromkeys("▁" + "".join(WORDS) + "T.!,") | dict.fromkeys(f"▁{word}" for word in WORDS)
+    core = Tokenizer(models.Unigram([(token, -float(len(token) < 2)) for token in tokens], 0, byte_fallback=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = decoders.Strip(" ", 1, 0)
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def llama(seed: int = 0, **options: Any) -> LlamaForCausalLM:

@@ -27,8 +27,9 @@ from transformers import (
 
 from ..config import UserError, read_recipe
 from ..data.tokenizer import load_tokenizer, save_tokenizer
+from ..evaluate.columns import manifest_of, run_of
 from ..hardware import cpu_seconds
-from ..run import Result, quiet_libraries, written_beside
+from ..run import Result, quiet_libraries, write_derived, written_beside
 from ..verbs import MergeConfig
 from .lora import QUANTIZED, adapter_dir, base_of, is_quantized, load_base_and_adapter, recorded_base, stored_config
 
@@ -258,7 +259,9 @@ def main(config: MergeConfig) -> Result:
         )
     print(f'load it   AutoModelForCausalLM.from_pretrained("{config.output_dir}")')
     wall_s, cpu_s = round(time.perf_counter() - started, 2), round(cpu_seconds(), 2)
-    return Result("merge", "ok", config.output_dir, str(folder), wall_s, cpu_s, 0, {}, metrics)
+    result = Result("merge", "ok", config.output_dir, str(folder), wall_s, cpu_s, 0, {}, metrics)
+    write_derived(Path(config.output_dir), result, manifest_of(run) if (run := run_of(folder)) else {})
+    return result
 
 
 def _dtype(config: MergeConfig, path: str) -> torch.dtype:

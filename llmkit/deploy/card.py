@@ -17,6 +17,7 @@ from ..report.runs import Facts, bare
 from .facts import Known, check_card_text, portable
 from .files import HUB_ID, is_local
 from .licence import LICENCES
+from .ways import ways
 
 VERBS = {
     "pretrain": "pretrained", "sft": "tuned on instructions", "dpo": "tuned on preference pairs",
@@ -24,6 +25,8 @@ VERBS = {
     "reward": "trained to tell which of two answers is better", "merge": "merged with its adapter",
     "quantize": "quantised", "export": "converted",
 }  # fmt: skip
+MADE_OF = ("merge", "quantize", "export")  # another model, without training
+UNTOLD = ("epoch", "num_texts", "num_chats", "num_bytes")  # figures that say nothing of the model
 SHAPE = (  # names that configs give a fact -> how it is said
     (("num_hidden_layers", "n_layer"), "layers"),
     (("hidden_size", "n_embd"), "wide"),
@@ -46,6 +49,10 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 def _signed(value: float) -> str:
     return f"{value:+.4f}"
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 6) if isinstance(value, float) else value
 
 
 def _is_ours(known: Known) -> bool:
@@ -75,7 +82,7 @@ def _results(known: Known) -> list[Any]:
                 metric_type=row["metric"],
                 metric_name=name,
                 metric_value=round(score["value"], 6),
-                metric_args={k: v for k, v in args.items() if v is not None},
+                metric_args={k: _rounded(v) for k, v in args.items() if v is not None},
             )
         )
     done = {result.dataset_name for result in found}
@@ -92,7 +99,7 @@ def _results(known: Known) -> list[Any]:
                 metric_type="loss",
                 metric_name="cross-entropy in nats per token",
                 metric_value=round(facts["loss"], 6),
-                metric_args={k: v for k, v in args.items() if v is not None},
+                metric_args={k: _rounded(v) for k, v in args.items() if v is not None},
             )
         )
     return found
@@ -103,7 +110,7 @@ def metadata(known: Known) -> Any:
     from huggingface_hub import ModelCardData
 
     tags = ["llmkit"] * _is_ours(known) + [stage["stage"] for stage in known.stages[:1]]
-    tags += ["conversational"] * known.has_chat_template + ["gguf"] * (known.kind == "gguf")
+    tags += ["conversational"] * (known.has_chat_template and not known.is_reward) + ["gguf"] * (known.kind == "gguf")
     results = _results(known)
     data = ModelCardData(
         license=known.license,
@@ -128,75 +135,39 @@ def _what(known: Known) -> list[str]:
     shape = [f"{value:,} {said}" for names, said in SHAPE if (value := _first(known.config, names)) is not None]
     shape = [] if known.kind == "adapter" else shape  # that would be its base's
     context = _first(known.config, CONTEXT)
-    size = f"{known.num_parameters:,} parameters" if known.num_parameters else None
     kind = {"adapter": "A PEFT adapter", "gguf": "A GGUF file"}.get(known.kind, "A causal language model")
-    kind = "A reward model (a classifier with one label)" if known.is_reward else kind
+    if known.is_reward:
+        kind = "A PEFT adapter (with a reward head)" if known.kind == "adapter" else "A reward model (one score)"
     made = VERBS.get(known.stages[0]["stage"]) if known.stages else None
-    of = f" of {known.base_model}" if known.base_model else ""
-    architecture = known.config.get("architectures") or [known.config.get("model_type")]
-    facts = [", ".join(filter(None, [size, *shape]))] + ([f"a context of {context:,} tokens"] if context else [])
+    made = f", {made} with llmkit" if made else ", made" if known.base_model else ""
+    of = f"from {_link(known.base_model)}" if known.base_model else ""
+    of = f"for {_link(known.base_model)}" if known.kind == "adapter" and known.base_model else of
+    said = f"{kind} {of}{made}" if known.kind == "adapter" and of else f"{kind}{made} {of}".strip()
+    facts = [f"{known.num_parameters:,} parameters"] if known.num_parameters else []
+    facts += shape + ([f"a context of {context:,} tokens"] if context else [])
     if "quantization_config" in known.config:
         facts.append(f"stored quantised ({known.config['quantization_config'].get('quant_method', 'unknown method')})")
-    made = f", {made} with llmkit" if made else ""
-    lines = [f"{kind}{of}{made}: {'; '.join(filter(None, facts))}."]
-    if architecture[0]:
-        lines[0] += f" Architecture: {architecture[0]}."
+    lines = [f"{said}: {', '.join(facts)}." if facts else f"{said}."]
+    architecture = (known.config.get("architectures") or [known.config.get("model_type")])[0]
+    if architecture:
+        lines[0] += f" Architecture{' of its base' if known.kind == 'adapter' else ''}: {architecture}."
     if known.has_chat_template:
-        lines[0] += " It answers in a chat: the template comes with the tokenizer."
-    for name, kind in known.variants:
-        held = "GGUF" if kind == "gguf" else f"another {kind}: `from_pretrained(..., subfolder={name!r})`"
-        lines.append(f"\nThe folder `{name}` holds the same as {held}.")
-    return lines
+        does = "It scores the last answer of a chat" if known.is_reward else "It answers in a chat"
+        lines[0] += f" {does}: the template comes with the tokenizer."
+    return [*lines, *(f"\n{_variant(known, name, kind)}" for name, kind in known.variants)]
 
 
-def _load(known: Known) -> list[str]:
-    """Three ways, each complete."""
-    repo, needs_code = known.repo_id, "auto_map" in known.config
-    code = ", trust_remote_code=True" if needs_code else ""
-    if known.kind == "gguf":
-        return [
-            "With llama.cpp:", "", f"    llama-cli -hf {repo}", "", "With Ollama:", "", f"    ollama run hf.co/{repo}",
-            "", "With transformers (`pip install gguf`):", "", "```python",
-            "from transformers import AutoModelForCausalLM", "",
-            f'model = AutoModelForCausalLM.from_pretrained("{repo}", gguf_file="NAME.gguf")',
-            "```",
-        ]  # fmt: skip
-    cls = "AutoModelForSequenceClassification" if known.is_reward else "AutoModelForCausalLM"
-    package, cls = ("peft", "AutoPeftModelForCausalLM") if known.kind == "adapter" else ("transformers", cls)
-    lines = ["With transformers:" if known.kind == "model" else "With PEFT, which fetches the base, too:", ""]
-    imports = f"from transformers import {cls}, AutoTokenizer" if package == "transformers" else (
-        f"from peft import {cls}\nfrom transformers import AutoTokenizer"
-    )  # fmt: skip
-    lines += ["```python", imports, "", f'model = {cls}.from_pretrained("{repo}"{code})']
-    tokenizer = repo if known.has_tokenizer else known.base_model or repo
-    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")', "```", ""]
-    if needs_code:
-        whose = "this repository" if known.kind == "model" else "the base's repository"
-        lines[-1:] = ["", f"`trust_remote_code` runs the code in {whose}: read it first.", ""]
-    if known.is_reward:
-        return [
-            *lines, "With llmkit, as a reward of reinforcement:", "",
-            f"    llmkit grpo recipe.yaml --reward_funcs '[{repo}]'", "", "As a pipeline:", "", "```python",
-            "from transformers import pipeline", "",
-            f'pipeline("text-classification", "{repo}"{code}, function_to_apply="none")', "```",
-        ]  # fmt: skip
-    chat = ' --apply_chat_template --prompt "..."' if known.has_chat_template else ""
-    is_ours = known.config.get("model_type") == "llmkit"
-    if known.kind == "adapter":
-        lines += ["With llmkit, as one model with its base:", "", f"    hf download {repo} --local-dir adapter",
-                  "    llmkit merge --model_name_or_path adapter --output_dir merged", ""]  # fmt: skip
-        plain = "    llmkit export --model_name_or_path merged --to qwen3 --output_dir plain"
-        served = f"    vllm serve {known.base_model} --enable-lora --lora-modules tuned={repo}"
-        return [*lines, *(["For engines without code of ours:", "", plain] if is_ours else ["With vLLM:", "", served])]
-    lines += ["With llmkit:", "", f"    llmkit generate --model_name_or_path {repo}{chat}", ""]
-    ready = [name for name, kind in known.variants if kind == "gguf"]
-    if ready:
-        return [*lines, "With llama.cpp:", "", f"    hf download {repo} --include '{ready[0]}/*' --local-dir model",
-                f"    llama-cli -m model/{ready[0]}/*.gguf"]  # fmt: skip
-    if is_ours:
-        return [*lines, "With vLLM, llama.cpp and all that read Qwen3 or GGUF, without code of ours:", "",
-                f"    llmkit export --model_name_or_path {repo} --to qwen3 --output_dir plain"]  # fmt: skip
-    return [*lines, "With vLLM:", "", f"    vllm serve {repo}"]
+def _link(repo: str) -> str:
+    return f"[{repo}](https://huggingface.co/{repo})"
+
+
+def _variant(known: Known, name: str, kind: str) -> str:
+    if kind == "gguf":
+        return f"The folder `{name}` holds it as GGUF."
+    if kind == "adapter":
+        call = f'PeftModel.from_pretrained(model, "{known.repo_id}", subfolder="{name}")'
+        return f"The folder `{name}` holds an adapter: `{call}`."
+    return f'The folder `{name}` holds a variant: `from_pretrained("{known.repo_id}", subfolder="{name}")`.'
 
 
 def _seconds(seconds: float) -> str:
@@ -210,11 +181,13 @@ def _made(known: Known) -> list[str]:
         return ["Not known: no run of llmkit belongs to this folder."]
     lines = []
     chain = [f"{s['name']} ({s['stage']})" for s in reversed(known.stages)]
-    began = known.stages[-1]["parent"]
+    began = known.began
     start = "new weights" if not began else f"{began} (no longer there)" if is_local(began) else began
     lines += [f"Lineage: {' → '.join([start, *chain])}.", ""]
     rows = []
-    for stage in reversed(known.stages):
+    for stage, recipe in reversed(list(zip(known.stages, known.recipes, strict=True))):
+        if stage["stage"] in MADE_OF:
+            continue
         processes = f", {stage['num_processes']} processes" if (stage["num_processes"] or 1) > 1 else ""
         rows.append(
             [
@@ -222,13 +195,13 @@ def _made(known: Known) -> list[str]:
                 f"{stage['tokens']:,}" if stage["tokens"] is not None else "unknown",
                 f"{stage['steps']:,}" if stage["steps"] is not None else "unknown",
                 _seconds(stage["wall_s"]) if stage["wall_s"] is not None else "unknown",
-                _flops(stage),
+                _flops(stage, recipe),
                 (bare(stage["hardware"]) or "unknown") + processes,
                 ", ".join(f"{key} {value}" for key, value in stage["seeds"].items() if value is not None) or "unknown",
             ]
         )
     lines += _table(["stage", "tokens", "steps", "wall time", "compute", "hardware", "seeds"], rows)
-    lines += ["Compute is 6 × parameters × tokens, in FLOP, where a stage is no more than that.", ""]
+    lines += ["Compute is 6 × parameters × tokens, in FLOP; unknown where a stage did more or less than that.", ""]
     for stage, recipe in zip(known.stages, known.recipes, strict=True):
         commit = f"llmkit at commit {stage['git_commit'][:12]}" if stage["git_commit"] else "llmkit, commit unknown"
         used = ", ".join(f"{name} {version}" for name, version in stage["versions"].items()) or "versions unknown"
@@ -245,31 +218,33 @@ def _made(known: Known) -> list[str]:
     return lines
 
 
-def _flops(stage: Facts) -> str:
+def _flops(stage: Facts, recipe: Facts) -> str:
     if not stage["tokens"] or not stage["num_parameters"] or stage["stage"] not in ("pretrain", "sft"):
         return "unknown"  # of the others a reference, a reward model or sampling has its share
+    if recipe.get("use_peft"):
+        return "unknown"  # no gradients of the weights that stay
     return f"{6 * stage['num_parameters'] * stage['tokens']:.1e}"
 
 
 def _data(known: Known) -> list[str]:
     lines = []
-    for stage in known.stages:
+    trained = [stage for stage in known.stages if stage["stage"] not in MADE_OF]
+    for stage in trained:
         rows = []
         for data in stage["data"]:
             count = data["num_documents"] if data["num_documents"] is not None else data["rows"]
             tokens = data["num_tokens"] if data["num_tokens"] is not None else data["tokens"]
-            rows.append(
-                [data["source"], *(f"{n:,}" if n is not None else "unknown" for n in (count, tokens)),
-                 f"`{data['fingerprint'][:16]}`" if data["fingerprint"] else "unknown"]
-            )  # fmt: skip
+            counts = [f"{n:,}" if n is not None else "unknown" for n in (count, tokens)]
+            sha = f"`{data['fingerprint'][:16]}`" if data["fingerprint"] else "unknown"
+            rows.append([data["source"].replace("shard.", "validation: "), *counts, sha])
         sources = ", ".join(dict.fromkeys(data["source"] for data in stage["contamination"]))
         lines += [f"{stage['name']}: from {sources or 'unknown sources'}.", ""]
-        lines += _table(["data", "documents or rows", "tokens", "fingerprint (SHA-256)"], rows)
+        lines += _table(["data", "documents or rows", "tokens", "SHA-256 (its first 16)"], rows)
     lines += ["What was held against it, so that no evaluation text was trained on:", ""]
-    for stage in known.stages:
+    for stage in trained:
         held = [f"- {stage['name']}, {d['source']}: {_held(d, known)}" for d in stage["contamination"]]
         lines += held or [f"- {stage['name']}: not checked, its recipe names no data that could be looked up"]
-    return [*lines, ""] if known.stages else ["Not known."]
+    return [*lines, ""] if trained else ["Not known."]
 
 
 def _held(data: Facts, known: Known) -> str:
@@ -296,13 +271,23 @@ def _evaluated(known: Known) -> list[str]:
             value = f"{score['value']:.4f}{error}" if score["value"] is not None else "unknown"
             change = "" if not pair else f"{_signed(pair['difference'])} {pair['flag'] or 'within the noise'}"
             asked = "raw text" if row["kind"] == "shard" else "chat" if row["is_chat"] else "plain text"
+            asked = "its tasks together" if row["kind"] == "group" else asked
             shots = f", {row['num_fewshot']}-shot" if row["num_fewshot"] is not None else ""
             items = row["num_items"] if row["num_items"] is not None else row["num_documents"]
-            rows.append([row["name"], row["metric"], value, change, f"{items:,}" if items else "", asked + shots])
-        parent = next(c["parent"] for c in evaluation["columns"] if c["name"] == column) or "its parent"
-        lines += _table(["task", "metric", "value ± standard error", f"against {parent}", "items", "asked as"], rows)
-        lines += ["Lower is better for losses, higher for the rest. A difference is gained or lost where the 95 % "
-                  "interval of the paired difference does not hold 0.", ""]  # fmt: skip
+            metric = row["metric"] + ("" if row["higher_is_better"] else " ↓")
+            metric += f" ({row['unit']})" if row["unit"] else ""
+            rows.append([row["name"], metric, value, change, f"{items:,}" if items else "", asked + shots])
+        parent = next(c["parent"] for c in evaluation["columns"] if c["name"] == column)
+        head = ["task", "metric", "value ± standard error", f"against {parent}", "items", "asked as"]
+        if not any(row[3] for row in rows):
+            head, rows = head[:3] + head[4:], [row[:3] + row[4:] for row in rows]
+        lines += _table(head, rows)
+        note = "Higher is better; lower where there is a ↓."
+        if len(head) == 6:
+            note += " A difference is gained or lost where the 95 % interval of the paired difference does not hold 0."
+        if any("± 0.0000" in row[2] for row in rows):
+            note += " An error of 0 means that all items came out the same, not that the next one must."
+        lines += [note, ""]
         lines += [f"- {label}: {said}" for label, said in evaluation["how"] if label != "chat template of"] + [""]
     else:
         lines += [f"Beyond the figures of the run itself nothing is quoted: {known.no_evaluation}.", ""]
@@ -317,12 +302,12 @@ def _evaluated(known: Known) -> list[str]:
         said[2] = f"{_signed(gap)}{error}" if gap is not None else "unknown"
         rows.append([name, *said])
     if rows:
-        lines += ["Validation shards at the end of training:", ""]
+        lines += ["Validation shards at the end of the run:", ""]
         lines += _table(
             ["shard", "loss (nats per token)", "true entropy", "gap ± standard error", "bits per byte"], rows
         )
     if own and own["metrics"]:
-        figures = [[name, f"{value:,.4g}"] for name, value in own["metrics"].items()]
+        figures = [[name, _figure(value)] for name, value in own["metrics"].items() if name not in UNTOLD]
         lines += [
             "What the run measured itself; no errors were recorded for these:",
             "",
@@ -331,11 +316,17 @@ def _evaluated(known: Known) -> list[str]:
     return lines
 
 
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+
+
 def _limits(known: Known) -> list[str]:
     """Each line comes from a fact, or says that there is none."""
     lines = []
+    own = known.stages[0] if known.stages else {}
     if known.kind != "adapter" and known.num_parameters and known.num_parameters < 1e9:
-        lines.append(f"It is small ({known.num_parameters:,} parameters): outside its training text expect inventions.")
+        expect = "scores without meaning" if known.is_reward else "inventions"
+        lines.append(f"It is small ({known.num_parameters:,} parameters): outside its training text expect {expect}.")
     if context := _first(known.config, CONTEXT):
         lines.append(f"It reads at most {context:,} tokens at once; what is longer was never seen in training.")
     said = (
@@ -352,7 +343,7 @@ def _limits(known: Known) -> list[str]:
         lines += [f"It lost against {p['against']}: {r['name']} {_signed(p['difference'])}." for r, p in lost]
         if not lost and any(against_parent(known.evaluation, r, known.column) for r in known.evaluation["rows"]):
             lines.append("Against its parent it lost nothing beyond the noise in what was measured.")
-    else:
+    elif not known.is_reward and not (known.stages and (not own["parent"] or own["stage"] in MADE_OF)):
         lines.append("It was not compared with its parent, or that comparison is not at hand.")
     for stage in known.stages:
         for kind in stage["alerts"]["kinds"]:
@@ -371,7 +362,7 @@ def _limits(known: Known) -> list[str]:
 
 
 def _licence(known: Known) -> list[str]:
-    of = f" Its parent is {known.base_model}; its licence may ask for more." if known.base_model else ""
+    of = f" That of its parent, {_link(known.base_model)}, may ask for more." if known.base_model else ""
     return [f"{known.license}.{of}"]
 
 
@@ -379,7 +370,7 @@ def write(known: Known) -> str:
     """README.md, whole. Raises UserError should a path of this machine have got into it."""
     sections = [
         (f"# {known.repo_id.split('/')[1]}", _what(known)),
-        ("## How to load it", _load(known)),
+        ("## How to load it", ways(known)),
         ("## How it was made", _made(known)),
         ("## Data", _data(known)),
         ("## Evaluation", _evaluated(known)),

@@ -20,7 +20,7 @@ from ..config import UserError
 from ..data.tokenizer import save_tokenizer
 from ..hardware import cpu_seconds
 from ..model.convert import TARGETS, to_plain
-from ..run import Result, quiet_libraries, written_beside
+from ..run import Result, quiet_libraries, write_derived, written_beside
 from ..verbs import ExportConfig
 from . import parity
 from .gguf_export import CONVERTER, write_gguf
@@ -99,4 +99,6 @@ def main(config: ExportConfig) -> Result:
     metrics, lines = (write_gguf if is_gguf else write_folder)(config, loaded)
     print("\n".join(lines))
     wall_s, cpu_s = round(time.perf_counter() - started, 2), round(cpu_seconds(), 2)
-    return Result("export", "ok", config.output_dir, source.path, wall_s, cpu_s, 0, {}, metrics)
+    result = Result("export", "ok", config.output_dir, source.path, wall_s, cpu_s, 0, {}, metrics)
+    write_derived(Path(config.output_dir), result, source.manifest)
+    return result

@@ -21,7 +21,7 @@ from ..report.evals import read_eval
 from ..report.runs import Facts, mapping, number, read_corpus, read_json, read_stage, rows_of, string, strings
 from ..run import resolve_model_dir
 from .files import HUB_ID, find_private, is_local
-from .licence import Parent
+from .licence import Parent, ancestors
 
 LOADERS = ("json", "text", "csv", "parquet", "arrow")  # of `datasets`: names of formats, not of data sets
 # not facts about the model: where it was written, where it was sent
@@ -44,6 +44,10 @@ class Known:
     has_tokenizer: bool
     has_chat_template: bool
     is_reward: bool
+    rank: int  # of an adapter
+    base_quantization: Facts  # that an adapter was trained on
+    files: list[str]  # of the repository, without the card
+    began: str | None  # what the first of all stages began with; None: new weights
     stages: list[Facts]
     recipes: list[Facts]  # of each stage, what differs from the defaults
     datasets: list[str]  # Hub ids
@@ -57,7 +61,9 @@ class Known:
 def portable(text: str) -> str:
     """Absolute paths shortened to their last part; addresses of the net stay."""
     return re.sub(
-        r"(?<![\w:/.])~?(?:/[^\s/'\",:;()\]}]+){2,}/?", lambda m: "…/" + m[0].rstrip("/").split("/")[-1], text
+        r"(?:\bfile://|(?<![\w/.])(?:~[\w.-]*)?)(?:/[^\s/'\",:;()\]}]+){2,}/?",
+        lambda m: "…/" + m[0].rstrip("/").split("/")[-1],
+        text,
     )
 
 
@@ -133,9 +139,12 @@ def languages(given: str | list | None, stages: list[Facts]) -> list[str]:
     return codes or (["en"] if sources and all(s == "builtin/toyworld" for s in sources) else [])
 
 
-def _relation(kind: str, config: Facts, run_stage: str | None) -> str | None:
+def _relation(kind: str, config: Facts, run_stage: str | None, is_direct: bool) -> str | None:
+    """None for the very weights of the parent in another format: the Hub has no word for that."""
     if kind == "adapter":
         return "adapter"
+    if not is_direct:
+        return "finetune"  # of a stage between the two that is not on the Hub
     if kind == "gguf" or "quantization_config" in config:
         return "quantized"
     return None if run_stage == "export" else "finetune"
@@ -179,6 +188,7 @@ def gather(
     license: str,
     config: verbs.PushConfig,
     variants: list[tuple[str, str]],
+    files: list[str],
 ) -> Known:
     """Reads everything; hashes the weights where there is an evaluation. `runs`: its own first. Raises UserError."""
     stages = _stages(runs)
@@ -188,19 +198,29 @@ def gather(
     wanted = {data["corpus"] for stage in stages for data in stage["contamination"] if data["corpus"]}
     weights = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf")]
     tokenizer, _ = read_json(folder / "tokenizer_config.json")
+    adapter, _ = read_json(folder / "adapter_config.json")
+    how, _ = read_json(folder / "base_quantization.json")
+    began = ancestors(runs[0])[1] if runs else None
     return Known(
         repo_id=repo_id,
         kind=kind,
         license=license,
         base_model=parent.hub_id,
-        relation=_relation(kind, stored, stages[0]["stage"] if stages else None) if parent.hub_id else None,
+        relation=_relation(kind, stored, stages[0]["stage"] if stages else None, parent.is_direct)
+        if parent.hub_id
+        else None,
         language=languages(config.language, stages),
         config=stored,
         num_parameters=_parameters(folder) or (stages[0]["num_parameters"] if stages else None),
         num_bytes=sum(path.stat().st_size for path in weights),
         has_tokenizer=bool(tokenizer),
         has_chat_template=(folder / "chat_template.jinja").is_file() or bool(tokenizer.get("chat_template")),
-        is_reward=any("SequenceClassification" in name for name in stored.get("architectures") or []),
+        is_reward=any("SequenceClassification" in name for name in stored.get("architectures") or [])
+        or adapter.get("task_type") == "SEQ_CLS",
+        rank=int(number(adapter.get("r")) or 0),
+        base_quantization={key: value for key, value in how.items() if key[0] != "_"},
+        files=files,
+        began=portable(began) if began else None,
         stages=stages,
         recipes=recipes,
         datasets=_hub_datasets(recipes),

@@ -24,18 +24,23 @@ TOKENIZER = (
     "tokenizer.model spiece.model chat_template.jinja chat_template.json additional_chat_templates/*.jinja"
 ).split()
 ALLOWED = {  # kind -> what may go; code only where a config names it
-    "model": ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER],
+    "model": ["config.json", "generation_config.json", "model*.safetensors", "model*.safetensors.index.json",
+              *TOKENIZER],
     "adapter": [
         "adapter_config.json", "adapter_model.safetensors", "base_quantization.json", "generation_config.json",
         *TOKENIZER,
     ],
-    "gguf": ["*.gguf", "Modelfile"],
+    "gguf": ["[!.]*.gguf", "Modelfile"],
 }  # fmt: skip
 TEXT = (".json", ".jinja", ".py", ".txt", ".md")
 VOCABULARY = ("vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")  # any text may be a token there
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
-HOMES = re.compile(r"(?<![\w.:/-])/(?:home|Users|root|tmp|mnt|workspace|scratch)/[\w.-]+|\b[A-Za-z]:\\+Users\\+[\w.-]+")
+HOMES = re.compile(
+    r"(?:\bfile://|(?<![\w./-]))/(?:home|Users|root|tmp|mnt|workspace|scratch)/[\w.-]+"
+    r"|\b[A-Za-z]:\\+Users\\+[\w.-]+"
+)
+ABSOLUTE = re.compile(r"~?(?:/[^/\s]+){2,}/?|[A-Za-z]:[\\/].+")  # as the whole value of a config's key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Item:
 
 def find_kind(name: str, key: str = "model_name_or_path") -> tuple[Path, str]:
     """The folder behind a name and what it holds: model, adapter or gguf. Raises UserError for anything else."""
-    folder = Path(resolve_model_dir(name)).expanduser()
+    folder = Path(resolve_model_dir(str(Path(name).expanduser())))
     if not name or not folder.is_dir():
         raise UserError(f"{key}={name!r}: no such folder; name a run, model, adapter or export folder on this disk")
     for kind, holds in (("model", "config.json"), ("adapter", "adapter_config.json"), ("gguf", "*.gguf")):
@@ -89,7 +94,6 @@ def collect(folder: Path, kind: str, into: str = "") -> tuple[list[Item], list[s
     Raises UserError where the folder lacks a part, or holds it as a link to elsewhere.
     """
     wanted = {path for pattern in ALLOWED[kind] for path in folder.glob(pattern) if path.is_file()}
-    wanted = {path for path in wanted if path.name[0] != "."}
     if kind == "model":
         wanted |= {folder / name for name in _code(folder)}
     for path in sorted(wanted):
@@ -151,9 +155,22 @@ def _check_weights(folder: Path, kind: str, names: set[str]) -> None:
             raise UserError(f"{folder / name}: cannot be read ({' '.join(str(error).split())[:100]})") from None
 
 
-def is_local(name: str) -> bool:
-    """A path of this machine rather than a Hub id."""
-    return bool(name) and (Path(name).expanduser().exists() or not HUB_ID.fullmatch(name))
+def is_local(name: str, start: Path = Path()) -> bool:
+    """A path of this machine rather than a Hub id: what is here, and runs/gone where there is a runs/."""
+    if not name or not HUB_ID.fullmatch(name):
+        return bool(name)
+    path = start / name
+    return path.exists() or ("/" in name and path.parent.is_dir())
+
+
+def _object(item: Item) -> dict[str, Any]:
+    try:
+        found = json.loads(item.read())
+    except ValueError as error:
+        raise UserError(f"{item.path}: is no JSON ({error}); write it anew") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{item.path}: holds a {type(found).__name__}, no JSON object; write it anew")
+    return found
 
 
 def without_local_paths(items: list[Item], base_model: str | None) -> tuple[list[Item], list[str]]:
@@ -164,20 +181,21 @@ def without_local_paths(items: list[Item], base_model: str | None) -> tuple[list
     changed, said = [], []
     for item in items:
         name = Path(item.path).name
-        key = {"config.json": "_name_or_path", "adapter_config.json": "base_model_name_or_path"}.get(name)
-        value = json.loads(item.read()).get(key) if key else None
-        if not isinstance(value, str) or not is_local(value):
+        key = {"config.json": "_name_or_path", "adapter_config.json": "base_model_name_or_path"}.get(name, "")
+        values = _object(item) if key else {}
+        value = values.get(key) or ""
+        is_missing = name == "adapter_config.json" and not value
+        if not is_missing and not is_local(str(value)):
             changed.append(item)
             continue
+        found = f"is a folder of this machine, {value!r}" if value else "names no base"
         if name == "adapter_config.json" and not base_model:
             raise UserError(
-                f"{item.path}: {key} is a folder of this machine, {value!r}; push that model first, or name "
-                "its Hub id: --base_model NAME/MODEL"
+                f"{item.path}: {key} {found}; push that model first, or name its Hub id: --base_model NAME/MODEL"
             )
-        values = json.loads(item.read()) | {key: base_model}
-        values = {k: v for k, v in values.items() if k != key or v is not None}
+        values = {k: v for k, v in (values | {key: base_model}).items() if k != key or v is not None}
         changed.append(dataclasses.replace(item, content=(json.dumps(values, indent=2) + "\n").encode()))
-        said.append(f"{item.path}: {key} is {base_model or 'left out'}, here it was a folder of this machine")
+        said.append(f"{item.path}: {key} is {base_model or 'left out'}, here it {found}")
     return changed, said
 
 
@@ -222,10 +240,10 @@ def _texts(item: Item) -> Iterator[tuple[str, str]]:
         with safe_open(item.source, framework="np") as file:
             yield from _strings(file.metadata() or {})
     elif name.endswith(".json"):
-        values = json.loads(item.read())
+        values = {} if name in VOCABULARY else _object(item)
         if name == "tokenizer.json":
             values = {key: value for key, value in values.items() if key not in ("model", "added_tokens")}
-        yield from _strings({} if name in VOCABULARY else values)
+        yield from _strings(values)
     elif (name.endswith(TEXT) or name == "Modelfile") and name not in VOCABULARY:
         for n, line in enumerate(item.read().decode("utf-8", "replace").splitlines(), 1):
             yield f"line {n}", line
@@ -234,12 +252,13 @@ def _texts(item: Item) -> Iterator[tuple[str, str]]:
 def check_private(items: list[Item]) -> None:
     """Raises UserError naming file and key where something of this machine would go out."""
     for item in items:
-        try:
-            for where, text in _texts(item):
-                if found := find_private(text):
-                    raise UserError(f"{item.path}: {where} holds {found}; remove it before it is published")
-        except json.JSONDecodeError as error:
-            raise UserError(f"{item.path}: is no JSON ({error}); write it anew") from None
+        is_config = item.path.endswith((".json", ".safetensors"))
+        for where, text in _texts(item):
+            found = find_private(text)
+            if not found and is_config and ABSOLUTE.fullmatch(text):
+                found = f"{text!r}, a path of a machine"
+            if found:
+                raise UserError(f"{item.path}: {where} holds {found}; remove it before it is published")
         if item.path.endswith(".gguf") and item.source:  # names come first; a vocabulary may hold any short text
             with item.source.open("rb") as file:
                 head = file.read(1 << 16)

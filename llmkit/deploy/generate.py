@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.color import ColorSystem
 from rich.console import Console
 from rich.progress import Progress
-from rich.text import Text
+from rich.style import Style
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import UserError
@@ -31,20 +32,22 @@ from ..hardware import cpu_seconds, detect
 from ..run import Result, quiet_libraries
 from ..verbs import GenerateConfig
 from .decode import LeanDecoder, lean_refusal
-from .loading import find
+from .loading import find, use_decode_threads
 from .sampling import Continuation, Settings, Tell, settings_for, write, write_batch
 
 SHADES = ((0.9, "green"), (0.5, "cyan"), (0.1, "yellow"), (0.0, "red"))  # probability from which, colour
+PATIENCE = 8  # tokens after which half a character is shown as it is
 # key, what its value must be, how to say it
 BOUNDS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("max_new_tokens", lambda v: v >= 1, "1 or more"),
-    ("temperature", lambda v: v >= 0, "0 (greedy) or more"),
+    ("temperature", lambda v: v == 0 or v >= 1e-6, "0 (greedy), or 0.000001 or more"),
     ("top_k", lambda v: v is None or v >= 1, "1 or more, or null"),
     ("top_p", lambda v: v is None or 0 < v <= 1, "above 0, at most 1, or null"),
     ("min_p", lambda v: v is None or 0 <= v <= 1, "0 to 1, or null"),
     ("repetition_penalty", lambda v: v > 0, "above 0; 1: none"),
     ("num_beams", lambda v: v >= 1, "1 (none) or more"),
     ("batch_size", lambda v: v >= 1, "1 or more"),
+    ("seed", lambda v: 0 <= v < 2**63, "0 to 2^63 - 1"),
     ("stop_strings", lambda v: all(isinstance(stop, str) and stop for stop in v), "a list of texts that are not empty"),
 ]
 
@@ -58,8 +61,9 @@ class Prompt:
 def opens_with_bos(model_dir: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     """What the model saw in training: its run's manifest says so; other models follow their own tokenizer."""
     run = run_of(Path(model_dir))
-    if run is not None:
-        return bool(manifest_of(run).get("documents_open_with_bos", False))
+    opened = manifest_of(run).get("documents_open_with_bos") if run else None
+    if opened is not None:
+        return bool(opened)
     ids = tokenizer("a")["input_ids"]
     return bool(ids) and ids[0] == tokenizer.bos_token_id
 
@@ -93,6 +97,8 @@ def check_config(config: GenerateConfig) -> None:
             raise UserError(f"{key}={getattr(config, key)!r} has no effect {when}; remove one of them")
     if config.output_file and Path(config.output_file).exists():
         raise UserError(f"output_file={config.output_file!r}: exists already; choose another or remove it")
+    if config.output_file and not Path(config.output_file).absolute().parent.is_dir():
+        raise UserError(f"output_file={config.output_file!r}: its folder does not exist; make it or choose another")
 
 
 # ---- prompts
@@ -123,14 +129,16 @@ def _encode(config: GenerateConfig, tokenizer: Any, opens: bool, given: str | li
 
 def read_prompts(path: Path) -> Iterator[tuple[int, str | list[dict[str, Any]]]]:
     """(line, prompt or messages) of a .txt or .jsonl file; empty lines are none. Raises UserError naming the line."""
+    if path.suffix.lower() not in ("", ".txt", ".jsonl"):
+        raise UserError(f"prompts_file={str(path)!r}: its name ends in {path.suffix}; allowed: .txt, .jsonl")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts_file={str(path)!r}: cannot be read ({error}); name a .txt or .jsonl file") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        if path.suffix != ".jsonl":
+        if path.suffix.lower() != ".jsonl":
             yield number, line
             continue
         with contextlib.suppress(ValueError):
@@ -170,39 +178,54 @@ def _prompts(config: GenerateConfig, tokenizer: Any, opens: bool, context: int |
 
 
 class _Screen:
-    """Text on stdout as soon as its characters are whole; with probabilities in colour, or a line each in a file."""
+    """Text on stdout as soon as its characters are whole; with probabilities in colour, or a line each without colours.
 
-    def __init__(self, tokenizer: Any, shows_probs: bool):
+    A character of several tokens has the product of their probabilities.
+    """
+
+    def __init__(self, tokenizer: Any, shows_probs: bool, prompt: list[int]):
         self.tokenizer, self.shows_probs = tokenizer, shows_probs
-        self.console = Console(highlight=False, soft_wrap=True)
-        self.is_table = shows_probs and not self.console.is_terminal
-        self.pending: list[int] = []
+        self.console = Console()
+        self.is_table = shows_probs and (self.console.color_system is None or self.console.no_color)
+        # decoded behind the tokens before them: SentencePiece drops the space of the first
+        self.ids, self.num_before, self.num_shown = list(prompt), len(prompt), len(decoded(tokenizer, prompt))
+        self.logprob, self.num_waiting = 0.0, 0
 
     def tell(self, token: int, logprob: float | None) -> None:
         if self.is_table:
             shown = self.tokenizer.decode([token])
             print(f"{_prob(logprob):.4f}  {shown!r}", flush=True)
             return
-        self.pending.append(token)
-        text = self.tokenizer.decode(self.pending, skip_special_tokens=True)
-        if not text.endswith("\ufffd") or len(self.pending) > 8:  # else the rest of a character is still to come
-            self.pending = []
-            self.write(text, logprob)
+        self.ids.append(token)
+        self.logprob += logprob or 0.0
+        self.num_waiting += 1
+        text = decoded(self.tokenizer, self.ids)
+        whole = text.rstrip("\ufffd") if self.num_waiting <= PATIENCE else text  # the rest of a character may come
+        new = whole[self.num_shown :]
+        if new:
+            self.write(new, self.logprob)
+            self.num_shown = len(whole)
+        if new or whole == text:
+            self.logprob, self.num_waiting = 0.0, 0
+        if new and whole == text:
+            del self.ids[: self.num_before]
+            self.num_before, self.num_shown = len(self.ids), len(decoded(self.tokenizer, self.ids))
 
     def write(self, text: str, logprob: float | None = None) -> None:
         if self.shows_probs and logprob is not None:
             shade = next(colour for least, colour in SHADES if _prob(logprob) >= least)
-            self.console.print(Text(text, style=shade), end="")
-        else:
-            sys.stdout.write(text)
+            text = Style.parse(shade).render(text, color_system=ColorSystem.STANDARD)
+        sys.stdout.write(text)
         sys.stdout.flush()
 
     def end(self) -> None:
-        if self.pending:
-            self.write(self.tokenizer.decode(self.pending, skip_special_tokens=True))
         if not self.is_table:
-            sys.stdout.write("\n")
+            self.write(decoded(self.tokenizer, self.ids)[self.num_shown :] + "\n")
         sys.stdout.flush()
+
+
+def decoded(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def _prob(logprob: float | None) -> float:
@@ -253,6 +276,7 @@ def prepare(config: GenerateConfig) -> Job:
     tokenizer = source.load_tokenizer()
     device = detect(config.use_cpu)
     model = source.load(device=device.type)
+    use_decode_threads(device, model)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams")
     chosen = {name: getattr(config, name) for name in names}
     settings = settings_for(
@@ -275,7 +299,8 @@ def main(config: GenerateConfig) -> Result:
 
 def _stream(job: Job) -> int:
     """One prompt to the console; the number of new tokens."""
-    prompt, screen = job.prompts[0], _Screen(job.tokenizer, job.config.show_probs)
+    prompt = job.prompts[0]
+    screen = _Screen(job.tokenizer, job.config.show_probs, prompt.ids)
     if not job.config.apply_chat_template:
         screen.write(prompt.text + ("\n" if screen.is_table and prompt.text else ""))
         if job.tokenizer.chat_template:
@@ -340,7 +365,7 @@ def _from_file(job: Job) -> int:
 
 
 def _row(tokenizer: Any, prompt: Prompt, written: Continuation) -> dict[str, Any]:
-    text = tokenizer.decode(written.ids, skip_special_tokens=True)
+    text = decoded(tokenizer, prompt.ids + written.ids)[len(decoded(tokenizer, prompt.ids)) :]
     row = {"prompt": prompt.text, "text": text, "num_tokens": len(written.ids), "ended": written.ended}
     if written.logprobs is not None:
         row["tokens"] = [

@@ -252,6 +252,20 @@ def remove(repo_id: str, paths: list[str], message: str) -> None:
     _ask(f"cleaning {repo_id}", repo_id, lambda: _api().create_commit(repo_id, operations, commit_message=message))
 
 
+def restore(state: State, there: dict[str, Any], message: str) -> None:
+    """The files as they were before, in one commit; large ones are copied on the Hub."""
+    from huggingface_hub import CommitOperationCopy, CommitOperationDelete
+
+    changed = [p for p, file in state.files.items() if p not in there or there[p].blob_id != file.blob_id]
+    operations: list[Any] = [CommitOperationCopy(path, path, src_revision=state.sha) for path in changed]
+    operations += [CommitOperationDelete(path) for path in sorted(set(there) - set(state.files))]
+    _ask(
+        f"cleaning {state.repo_id}",
+        state.repo_id,
+        lambda: _api().create_commit(state.repo_id, operations, commit_message=message),
+    )
+
+
 def differing(files: dict[str, Any], hashes: dict[str, tuple[int, str, str]]) -> list[str]:
     """Paths that are not there as (size, SHA-256, git blob id) say."""
     bad = []

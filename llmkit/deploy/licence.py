@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ..config import UserError
-from ..evaluate.columns import lineage, manifest_of
+from ..evaluate.columns import lineage, manifest_of, started_in
 from .files import HUB_ID, is_local
 
 PUBLISHED = "published.json"  # in a run folder: repository -> what went there
@@ -56,7 +56,8 @@ def find_parent(folders: list[Path], began: str | None, base_model: str | None) 
     if base_model:
         return Parent(base_model, folders)
     for n, folder in enumerate(folders):
-        ids = [repo for repo, record in published(folder).items() if record.get("finished")]
+        records = published(folder).items()
+        ids = [repo for repo, record in records if record.get("finished") and record.get("kind", "model") == "model"]
         if ids:
             return Parent(ids[-1], folders, is_direct=n == 0)
     is_id = bool(began) and not is_local(str(began))
@@ -65,10 +66,11 @@ def find_parent(folders: list[Path], began: str | None, base_model: str | None) 
 
 def ancestors(run: Path | None) -> tuple[list[Path], str | None]:
     """The folders that a run came from, nearest first, and the Hub id or folder that the first of them began with."""
-    if run is None:
-        return [], None
-    chain = lineage(run)
-    return chain[1:], manifest_of(chain[-1]).get("parent") if chain else None
+    chain = lineage(run) if run else []
+    began = manifest_of(chain[-1]).get("parent") if chain else None
+    if began and is_local(began, start := started_in(chain[-1])):
+        began = str((start / began).absolute())  # told apart from a Hub id wherever this is asked
+    return chain[1:], began
 
 
 def front_matter(folder: Path) -> dict[str, Any]:
@@ -125,5 +127,7 @@ def find_licence(given: str | None, parent: Parent, own: Path | None) -> tuple[s
         whence = "from its earlier card"
     if not stated or stated not in LICENCES:
         found = f"its parent states {stated!r}" if stated else "neither the run nor its parents state one"
+        if not stated and parent.hub_id:
+            found = f"{parent.hub_id} states none, or the Hub is not in reach"
         raise UserError(f"license is unknown ({found}); name one, e.g. --license apache-2.0")
     return stated, whence, None

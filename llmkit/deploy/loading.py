@@ -17,7 +17,10 @@ from ..align.lora import adapter_dir, base_of, is_quantized, keep_unpacked, load
 from ..config import UserError
 from ..data.tokenizer import load_tokenizer
 from ..evaluate.columns import manifest_of, run_of
+from ..hardware import Device, use_threads
 from ..run import resolve_model_dir
+
+DECODE_SHARE = 100.0  # one row reads every weight once and waits for memory: a thread for 20 M of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +54,18 @@ class Source:
             return load_base_and_adapter(self.path, None, dtype, self.trust_remote_code, None, device)  # type: ignore[return-value]
         where: dict[str, Any] = {"device_map": {"": device}} if self.is_quantized else {}
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.path, dtype=dtype, trust_remote_code=self.trust_remote_code, **where
+            model, found = AutoModelForCausalLM.from_pretrained(
+                self.path, dtype=dtype, trust_remote_code=self.trust_remote_code, output_loading_info=True, **where
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"model_name_or_path={self.name!r}: cannot be loaded ({reason})") from None
+        if missing := sorted(found["missing_keys"]):  # drawn at random by now: reward models, encoder-decoders
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(
+                f"model_name_or_path={self.name!r}: holds no weights for {missing[0]}{more}; allowed: models that "
+                "continue text"
+            )
         if is_quantized(model):
             keep_unpacked(model)
             return model.eval()
@@ -81,3 +90,8 @@ def find(name: str, trust_remote_code: bool = False, key: str = "model_name_or_p
     is_adapter = folder is not None and not is_model
     at = Path(str(folder)) if is_adapter else Path(path)
     return Source(name, str(at) if is_local else path, is_adapter, run_of(at) if is_local else None, trust_remote_code)
+
+
+def use_decode_threads(device: Device, model: PreTrainedModel) -> None:
+    """As many threads as writing one token of one row keeps busy; see `hardware.use_threads`."""
+    use_threads(device, sum(p.numel() for p in model.parameters()) * DECODE_SHARE)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from .. import run as runs
 from ..config import UserError
-from ..evaluate.columns import run_of
+from ..evaluate.columns import manifest_of, run_of
 from ..run import Result
 from ..verbs import PushConfig
 from . import card, facts, files, hub, licence
@@ -37,18 +37,23 @@ def main(config: PushConfig) -> Result:
     say: Say = lambda line: console.print(line, markup=False)  # noqa: E731
     hub.check_id(config.hub_model_id)
     folder, kind = files.find_kind(config.model_name_or_path)
-    out, repo = Path(config.output_dir), config.hub_model_id
+    out, repo = Path(config.output_dir).expanduser(), config.hub_model_id
     run = run_of(folder)
+    if run and manifest_of(run).get("overfit"):
+        raise UserError(f"{run}: is a run of overfit, which tests the pipeline and is never pushed; name another")
     parent, terms = _terms(config, folder, kind, run, say)
     items, variants = _items(config, folder, kind, parent, say)
     with contextlib.nullcontext() if config.dry_run else hub.session(say):
         state = None if config.dry_run else hub.access(repo)  # before anything long
         if state is not None:
             _check_room(state, config)
-        known = facts.gather(repo, folder, kind, [run, *parent.folders] if run else [], parent, terms, config, variants)
+        chain = [run, *parent.folders] if run else []
+        names = sorted(item.path for item in items)
+        known = facts.gather(repo, folder, kind, chain, parent, terms, config, variants, names)
         items.append(_card(known, out, say))
         _list(items, say)
-        sha = _send(config, state, items, run or out, terms, say) if state is not None else None
+        note = {"license": terms, "kind": kind}
+        sha = _send(config, state, items, run or out, note, say) if state is not None else None
     if state is None:
         say(f"dry run   nothing was sent; its card: {out / CARD}; --dry_run false sends it")
     metrics: dict[str, Any] = {"num_files": len(items), "num_bytes": sum(item.size for item in items)}
@@ -65,7 +70,10 @@ def _card(known: facts.Known, out: Path, say: Say) -> Item:
     card.validate(text)
     if not known.evaluation:
         say(f"WARNING   the card quotes no evaluation: {known.no_evaluation}")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir={str(out)!r}: cannot be written ({error.strerror}); choose another") from None
     runs.write_text(out / CARD, text)
     return Item(CARD, None, text.encode())
 
@@ -94,11 +102,22 @@ def _recorded_base(folder: Path) -> str:
     return recorded_base(folder)
 
 
+def _base_of(variant: Path, folder: Path, config: PushConfig) -> str | None:
+    """Where the model that a variant was made of is on the Hub: mostly this very repository. None: not known."""
+    above, began = licence.ancestors(run_of(variant))
+    named = [Path(_recorded_base(variant))] if (variant / "adapter_config.json").is_file() else []
+    if folder.resolve() in [place.resolve() for a in named + above[:1] for place in (a, a / "model")]:
+        return config.hub_model_id
+    parent = licence.find_parent(above, began, None)
+    return parent.hub_id if parent.is_direct else None
+
+
 def _items(
     config: PushConfig, folder: Path, kind: str, parent: licence.Parent, say: Say
 ) -> tuple[list[Item], list[tuple[str, str]]]:
     """What goes, without the card, and the variants' (name, kind). What stays is said."""
     items, left_out = files.collect(folder, kind)
+    items, said = files.without_local_paths(items, parent.hub_id)
     variants: list[tuple[str, str]] = []
     for name in config.variants:
         place, of = files.find_kind(str(name), "variants")
@@ -106,9 +125,13 @@ def _items(
         if label in [n for n, _ in variants]:
             raise UserError(f"variants: two of them would be called {label!r}; rename one of the folders")
         more, stays = files.collect(place, of, label)
-        items, left_out = items + more, left_out + [f"{label}/{path}" for path in stays]
+        root = {item.path for item in items}
+        if code := [item.path for item in more if item.path.endswith(".py") and Path(item.path).name not in root]:
+            raise UserError(f"variants: {code[0]}: code is loaded from the first folder only; push {label!r} by itself")
+        more, changes = files.without_local_paths(more, _base_of(place, folder, config))
+        items, said = items + more, said + changes
+        left_out += [f"{label}/{path}" for path in stays]
         variants.append((label, of))
-    items, said = files.without_local_paths(items, parent.hub_id)
     files.check_private(items)
     for line in said:
         say(f"changed   {line}")
@@ -139,7 +162,7 @@ def _check_room(state: hub.State, config: PushConfig) -> None:
         )
 
 
-def _send(config: PushConfig, state: hub.State, items: list[Item], place: Path, terms: str, say: Say) -> str:
+def _send(config: PushConfig, state: hub.State, items: list[Item], place: Path, note: dict[str, Any], say: Say) -> str:
     """One commit, looked at afterwards; a fresh repository becomes public at the very end. Returns the commit's id."""
     repo, record = state.repo_id, licence.published(place).get(state.repo_id, {})
     is_fresh = state.is_new or not state.files or record.get("finished") is False
@@ -152,12 +175,12 @@ def _send(config: PushConfig, state: hub.State, items: list[Item], place: Path, 
     if not is_fresh and not config.update and not is_same:
         raise _taken(state)
     mine = {str(path) for path in record.get("files") or []}
-    gone = sorted((mine if not is_fresh else set(state.files)) & set(state.files) - paths)
+    gone = sorted(mine & set(state.files) - paths)
     strange = sorted(set(state.files) - paths - set(gone))
     for what, names in (("deleted", gone), ("untouched", strange)):
         if names:
             say(f"{what:<9} {len(names)} that this push does not hold: {', '.join(names[:8])}")
-    note = {"license": terms, "files": sorted(paths), "is_private": state.is_private}
+    note = note | {"files": sorted(paths), "is_private": state.is_private}
     if not is_same:
         _record(place, repo, note | {"finished": not is_fresh, "commit": state.sha})
     sha = state.sha if is_same and not gone else hub.commit(state, items, gone, MESSAGE)
@@ -173,31 +196,32 @@ def _send(config: PushConfig, state: hub.State, items: list[Item], place: Path, 
     return str(sha)
 
 
-def _taken(state: hub.State) -> UserError:
+def _taken(state: hub.State, way: str = "replace what is in it: --update true") -> UserError:
     held = ", ".join(sorted(state.files)[:3])
     return UserError(
         f"hub_model_id={state.repo_id!r} is taken: it holds {len(state.files)} files ({held}, ...); choose another "
-        "name, or replace what is in it: --update true"
+        f"name, or {way}"
     )
 
 
 def _verify(state: hub.State, hashes: dict[str, tuple[int, str, str]], sha: str, is_fresh: bool) -> None:
-    """Raises UserError where the Hub holds something else than this disk did; that is deleted there again."""
+    """Raises UserError where the Hub holds something else than this disk did; that is taken back there."""
     there = hub.tree(state.repo_id, sha)
     bad = hub.differing(there, hashes)
     if not bad:
         return
-    doomed = sorted(set(there) & (set(hashes) if is_fresh else set(bad)))
-    taken_back = "all that was sent was deleted again" if is_fresh else "it was deleted again"
+    taken_back = "all that was sent was deleted again" if is_fresh else "what was there before is back"
     try:
-        if doomed:
+        if is_fresh and (doomed := sorted(set(there) & set(hashes))):
             hub.remove(state.repo_id, doomed, "Delete what did not arrive as it was sent")
+        elif not is_fresh:
+            hub.restore(state, there, "Put back what was there before")
     except UserError as error:
-        taken_back = f"and it could not be deleted again ({error})"
-    before = "" if is_fresh or not state.sha else f"; what was there before still loads with revision={state.sha[:12]}"
+        taken_back = f"and it could not be taken back ({error})"
+        taken_back += f"; what was there before still loads with revision={state.sha[:12]}" if state.sha else ""
     raise UserError(
         f"{state.repo_id}: {bad[0]} did not arrive as it lies here (size or hash; {len(bad)} of {len(hashes)} files), "
-        f"{taken_back}{before}; run the same command again"
+        f"{taken_back}; run the same command again"
     )
 
 
@@ -227,7 +251,7 @@ def check_access(settings: Any) -> None:
     with hub.session(print):
         state = hub.access(settings.hub_model_id)
     if state.files:
-        raise _taken(state)
+        raise _taken(state, "push after the run: llmkit push --update true")
     if not state.is_private and settings.hub_private_repo:
         _check_room(state, PushConfig(hub_private_repo=True))
     seen = "private" if state.is_private else "public"

@@ -8,8 +8,9 @@ Filters are transformers' own, in the order in which `generate` applies them, an
 that both ways write the same tokens. Leaves out where prompts come from and what is shown (`generate.py`).
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import (
     BaseStreamer,
+    GenerationConfig,
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -74,8 +76,10 @@ def stops_here(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_stri
     """Whether a stop string ends inside the text of the last token; it may begin in the prompt."""
     if not stop_strings:
         return False
-    tail = list(ids[-max(len(stop.encode()) for stop in stop_strings) :])  # a token has a byte at least
-    text, before = tokenizer.decode(tail), len(tokenizer.decode(tail[:-1]))
+    most = max(len(stop.encode()) for stop in stop_strings)  # a token has a byte at least
+    tail = list(ids[-most - 1 :])  # one more: SentencePiece drops the space of the first
+    text = tokenizer.decode(tail)
+    before = len(tokenizer.decode(tail[:-1]).rstrip("\ufffd"))  # half a character is none yet
     return any(stop in text and text.rfind(stop) + len(stop) > before for stop in stop_strings)
 
 
@@ -153,6 +157,17 @@ class _Streamer(BaseStreamer):
         pass
 
 
+@contextlib.contextmanager
+def _nothing_else(model: PreTrainedModel) -> Iterator[None]:
+    """What the model's generation_config.json asks for beyond `Settings` does not count, as in `write`."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT, which asks its base
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 @torch.inference_mode()
 def write_batch(
     model: PreTrainedModel,
@@ -176,18 +191,18 @@ def write_batch(
         how |= {"min_p": settings.min_p} if settings.min_p is not None else {}
     if settings.stop_strings:
         how |= {"stop_strings": list(settings.stop_strings), "tokenizer": tokenizer}
-    out = model.generate(
-        inputs,
-        attention_mask=mask,
-        max_new_tokens=room,
-        pad_token_id=settings.pad,
-        eos_token_id=list(settings.eos),
-        repetition_penalty=settings.repetition_penalty,
-        return_dict_in_generate=True,
-        output_logits=settings.wants_probs,
-        streamer=_Streamer(tell) if tell and settings.num_beams == 1 else None,
-        **how,
-    )
+    how |= {"max_new_tokens": room, "repetition_penalty": settings.repetition_penalty}
+    with _nothing_else(model):
+        out = model.generate(
+            inputs,
+            attention_mask=mask,
+            pad_token_id=settings.pad,
+            eos_token_id=list(settings.eos),
+            return_dict_in_generate=True,
+            output_logits=settings.wants_probs,
+            streamer=_Streamer(tell) if tell and settings.num_beams == 1 else None,
+            **how,
+        )
     return [_cut(tokenizer, out, index, row, width, settings) for index, row in enumerate(rows)]
 
 

@@ -13,12 +13,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..config import UserError
+from ..config import UserError, read_recipe
 from ..run import resolve_model_dir
 
 # what decides the answers of a model folder
 PARTS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.py", "*.model", "*.txt")
 WEIGHTS = ("*.safetensors", "*.bin")
+RECORDS = ("manifest.json", "result.json", "published.json")  # beside the weights where the model folder is the run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,14 +115,26 @@ def manifest_of(run: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def started_in(run: Path) -> Path:
+    """The folder that the paths of a run start from: `output_dir` of its recipe ends in it; where it does not, here."""
+    try:
+        name = Path(str(read_recipe(run / "recipe.yaml").get("output_dir") or "")).parts
+    except UserError:
+        return Path()
+    at = run.resolve()
+    start = at.parents[len(name) - 1] if 0 < len(name) < len(at.parts) and at.parts[-len(name) :] == name else Path()
+    return Path() if start == Path.cwd() else start
+
+
 def lineage(run: Path) -> list[Path]:
     """The run and the runs that it came from, the nearest first; as far as they are still there."""
     found: list[Path] = []
     at: Path | None = run
     while at and at.is_dir() and at.resolve() not in [path.resolve() for path in found]:
         found.append(at)
-        parent = manifest_of(at).get("parent")
-        at = (run_of(Path(parent)) or Path(parent)) if parent else None
+        named = manifest_of(at).get("parent")
+        parent = (started_in(at) / named if (started_in(at) / named).is_dir() else Path(named)) if named else None
+        at = (run_of(parent) or parent) if parent else None
     return found
 
 
@@ -138,6 +151,8 @@ def fingerprint(folder: Path) -> str:
     """SHA-256 of names and contents of all that decides what the model answers."""
     digest = hashlib.sha256()
     for path in sorted({path for pattern in PARTS for path in folder.glob(pattern)}):
+        if path.name in RECORDS:
+            continue
         digest.update(path.name.encode() + b"\0")
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

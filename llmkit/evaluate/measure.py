@@ -95,7 +95,7 @@ def measure(job: Any, column: Column) -> dict[str, Any]:
 
 def facts(model: Any, column: Column, job: Any) -> dict[str, Any]:
     return {
-        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_parameters": model.num_parameters(),  # counts what is packed in 4 bit
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": str(job.device),
         "num_bytes": column.num_bytes,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from .. import config as recipes
 from .. import model as ours  # noqa: F401  registers llmkit with the Auto classes
@@ -61,14 +61,17 @@ class Job:
     def load(self, column: Column) -> Any:
         """The model of a column, in eval mode. Raises UserError."""
         dtype = "auto" if self.config.dtype == "auto" else getattr(torch, self.config.dtype)
+        where: dict[str, Any] = {}  # quantised, it would go onto a GPU, whatever was asked for, and could not leave it
+        if "quantization_config" in PreTrainedConfig.get_config_dict(column.model_dir)[0]:
+            where["device_map"] = {"": self.device.type}
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                column.model_dir, dtype=dtype, trust_remote_code=self.config.trust_remote_code
+                column.model_dir, dtype=dtype, trust_remote_code=self.config.trust_remote_code, **where
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{column.model_dir}: cannot be loaded ({reason})") from None
-        return model.to(self.device.type).eval()
+        return (model if where else model.to(self.device.type)).eval()
 
     @contextlib.contextmanager
     def progress(self, text: str) -> Iterator[Callable[[int, int], None]]:

@@ -4,7 +4,7 @@
 
 Owns the verb and the order of the page: the verdict first, then the benchmarks, then all that explains them. Reads JSON
 files of run folders (runs.py), evaluations (evals.py) and logs (curves.py); imports no stage. The page's parts are
-bench.py and stages.py, what it comes to is verdict.py.
+bench.py, quantized.py and stages.py, what it comes to is verdict.py.
 """
 
 import os
@@ -19,7 +19,7 @@ from rich.text import Text
 from ..config import UserError
 from ..run import write_json, write_text
 from ..verbs import ReportConfig
-from . import bench, stages
+from . import bench, quantized, stages
 from .evals import Facts, read_eval
 from .markup import document, folded, name, printable, text
 from .runs import find, in_order, named, read_corpus, read_stage
@@ -114,23 +114,25 @@ def gather(words: list[str]) -> dict[str, Any]:
 def page(figures: dict[str, Any]) -> str:
     """A whole HTML document."""
     runs, evals = figures["stages"], figures["evals"]
+    trained = [stage for stage in runs if not stage["quantized"]]
     words = " ".join(figures["words"])
     parts = [
         f"<h1>llmkit report: <b>{name(words)}</b> <span>{text(figures['made'])}</span></h1>",
         "".join(f'<p class="verdict">{text(said)}</p>' for said in figures["verdict"]),
         _look(figures["findings"]),
-        stages.chain(runs),
+        stages.chain([*trained, *(stage for stage in runs if stage["quantized"])]),
         bench.benchmarks(evals),
-        stages.own_figures(runs),
+        quantized.quantized(runs),
+        stages.own_figures(trained),
         stages.lineage(runs),
-        stages.curves(runs),
-        stages.alarms(runs),
-        stages.samples(runs),
+        stages.curves(trained),
+        stages.alarms(trained),
+        stages.samples(trained),
         bench.prompts(evals),
-        stages.checks(runs),
+        stages.checks(trained),
         stages.fingerprints(runs, evals),
         stages.sizes(runs, evals),
-        stages.contamination(runs, figures["corpora"]),
+        stages.contamination(trained, figures["corpora"]),
         stages.commands(runs, evals, words),
     ]
     return document(f"llmkit report: {words}", parts, bench.CSS + stages.CSS + CSS)

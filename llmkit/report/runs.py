@@ -15,6 +15,7 @@ from typing import Any
 
 from ..config import UserError, read_recipe
 from .curves import LARGEST, read_curves
+from .quantized import FIGURES, MEASURED
 
 Facts = dict[str, Any]
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
@@ -138,6 +139,7 @@ def read_stage(folder: Path) -> Facts:
         "num_bytes": _num_bytes(folder),
         "shards": {shard: _shard(facts) for shard, facts in mapping(result.get("shards")).items()},
         "metrics": {key: value for key, value in metrics.items() if key not in BOOKS},
+        "quantized": read_quantized(manifest, result),
         "alerts": read_alerts(folder / "alerts.jsonl"),
         "samples": read_samples(folder / "samples.jsonl"),
         "check": _read_check(folder / "check.json"),
@@ -185,6 +187,33 @@ def _origin(manifest: Facts) -> Facts:
 
 def _shard(facts: Any) -> Facts:
     return {key: number(mapping(facts).get(key)) for key in ("loss", "bits_per_byte", "entropy", "gap_stderr")}
+
+
+def read_quantized(manifest: Facts, result: Facts) -> Facts | None:
+    """What a run of `llmkit quantize` measured against its original; None for any other run."""
+    if "quantize" not in (result.get("stage"), manifest.get("stage")):
+        return None
+    metrics = {key: number(value) for key, value in mapping(result.get("metrics")).items()}
+    keys = {f"{prefix}{key}" for key in MEASURED for prefix in ("", "original_")}
+    tasks = {}
+    for key, after in metrics.items():
+        before = metrics.get(f"original_{key}")
+        if key not in keys and before is not None and after is not None:
+            tasks[key] = (before, after)
+    left: dict[str, dict[str, int]] = {}  # reason -> layer, the same of every block told once -> how many
+    for layer, reason in strings(manifest.get("left_layers")).items():
+        short = ".".join("*" if part.isdigit() else part for part in layer.split("."))
+        names = left.setdefault(reason, {})
+        names[short] = names.get(short, 0) + 1
+    shards = {shard: mapping(facts) for shard, facts in mapping(result.get("shards")).items()}
+    return {
+        "method": string(manifest.get("quantization")),
+        "limit": metrics.get("max_perplexity_ratio"),
+        "shards": {shard: {key: number(facts.get(key)) for key in FIGURES} for shard, facts in shards.items()},
+        "measured": {key: metrics.get(key) for key in sorted(keys)},
+        "tasks": tasks,
+        "left": left,
+    }
 
 
 def _num_bytes(folder: Path) -> int | None:

@@ -257,7 +257,7 @@ def sizes(stages: list[Facts], evals: list[Facts]) -> str:
         parameters = s["num_parameters"] or known["num_parameters"]
         rate = s["tokens_per_second"]
         extra = [f"{k}: {v:,.6g}" for k, v in s["metrics"].items() if k.endswith("tokens_per_second")]
-        speed = "; ".join(([f"{rate:,.0f}"] if rate else []) + extra)
+        speed = "; ".join(([f"{rate:,.0f}"] if rate else []) + ([] if s["quantized"] else extra))
         rows.append([s["name"], f"{parameters:,.0f}" if parameters else "", size_text(size), known["dtype"] or "",
                      speed, clock(s["wall_s"]), bare(s["hardware"]) or "unknown"])  # fmt: skip
     named = {c["stage_name"] for e in evals for c in e["columns"]} & {s["name"] for s in stages}

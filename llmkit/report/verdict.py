@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from .evals import changed, counted, failing
+from .quantized import complaint, is_allowed
 from .runs import bare, peak
 
 Figures = dict[str, Any]
@@ -82,9 +83,15 @@ def _read(figures: Figures) -> list[Figures]:
 def by_stage(figures: Figures, flag: str) -> dict[str, list[tuple[Figures, Figures]]]:
     """column -> (row, pair) with this flag, over all evaluations."""
     found: dict[str, list[tuple[Figures, Figures]]] = {}
+    limits = {s["name"]: s["quantized"]["limit"] for s in figures["stages"] if s["quantized"]}
     for evaluation in _read(figures):
         for column in evaluation["columns"]:
-            those = [(row, pair) for row, pair in counted(evaluation, column["name"]) if pair["flag"] == flag]
+            limit = limits.get(column["stage_name"])
+            those = [
+                (row, pair)
+                for row, pair in counted(evaluation, column["name"])
+                if pair["flag"] == flag and not is_allowed(row, pair, limit)
+            ]
             if those:
                 found.setdefault(column["name"], []).extend(those)
     return found
@@ -115,7 +122,10 @@ def findings(figures: Figures) -> list[dict[str, str]]:
         found.append({"mark": mark, "what": what, "todo": todo, "at": at})
 
     for s in stages:
-        if s["status"] != "ok":
+        if why := complaint(s):
+            other = "" if s["quantized"]["method"] == "8bit" else "8 bit, or "
+            say("fail", why, f"Its folder is whole; {other}more layers left as they are lose less.", "quantized")
+        elif s["status"] != "ok":
             say("fail", f"{s['name']} {_status(s)}{_where(s)}", "Its figures are those of an unfinished run.", "curves")
     for name, rows in _worst_first(by_stage(figures, "lost")):
         shown = [f"{_label(row)} {_from_to(row, pair)}" for row, pair in rows[:SHOWN_LOSSES]]
@@ -174,7 +184,8 @@ def _doubts(figures: Figures) -> list[dict[str, str]]:
         if evaluation["problem"]:
             say(f"{evaluation['folder']}: {evaluation['problem']}", "Run llmkit eval again.")
         asked = {c["stage_name"] for c in evaluation["columns"]}
-        worth = [s["name"] for s in stages if s["status"] == "ok" and s["overfit"] is None]
+        ended = [s for s in stages if s["status"] == "ok" and s["overfit"] is None]
+        worth = [s["name"] for s in ended if not s["quantized"]]  # those compared themselves with their original
         if missing := [name for name in worth if name not in asked and len(evals) == 1]:
             say(f"not evaluated: {_and(missing)}", "Name them in llmkit eval, too.")
         for s in stages:

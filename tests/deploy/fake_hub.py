@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -171,6 +171,7 @@ class FakeHub:
             ("POST", r"/api/validate-yaml", "validate", self._validate),
             ("POST", r"/api/repos/create", "create", self._create),
             ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+).*", "tree", self._tree),
+            ("POST", r"/api/models/([^/]+/[^/]+)/paths-info/([^/]+)", "paths", self._paths),
             ("POST", r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", "preupload", self._preupload),
             ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs", self._batch),
             ("PUT", r"/lfs/(\w+)", "put", self._put),
@@ -258,6 +259,10 @@ class FakeHub:
         folders = {path.rsplit("/", 1)[0] for path in files if "/" in path}
         listed = [{"type": "directory", "path": folder, "oid": "0" * 40, "size": 0} for folder in folders]
         return self._json(listed + [blob.listed(path) for path, blob in files.items()])
+
+    def _paths(self, http, body, fault, repo_id, revision):
+        files, asked = self._repo(http, repo_id).at(revision) or {}, parse_qs(body.decode())["paths"]
+        return self._json([files[path].listed(path) for path in asked if path in files])
 
     def _preupload(self, http, body, fault, repo_id, revision):
         repo = self._repo(http, repo_id, writes=True)

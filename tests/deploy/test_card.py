@@ -16,6 +16,7 @@ from llmkit.deploy import card, push
 from llmkit.deploy.facts import portable
 from llmkit.deploy.licence import LICENCES, ancestors, find_licence, find_parent
 from llmkit.evaluate.columns import fingerprint
+from llmkit.run import Result, write_derived
 from llmkit.verbs import PushConfig
 
 
@@ -97,6 +98,74 @@ def test_an_evaluation_of_other_weights_is_not_quoted(family, capsys):
     assert "WARNING   the card quotes no evaluation" in capsys.readouterr().out
 
 
+def test_groups_were_asked_as_their_tasks_were_and_losses_are_better_low(family):
+    """A group of chats was said to be plain text, and every metric but losses to be better high."""
+    path = family / "eval/comparison.json"
+    comparison = json.loads(path.read_text())
+    comparison["tasks"][0] |= {"metric": "word_perplexity", "higher_is_better": False}
+    path.write_text(json.dumps(comparison))
+    said = section(written(family), "Evaluation")
+    assert re.search(r"^\| toyworld \|.*\| its tasks together", said, flags=re.M)
+    assert "| word_perplexity ↓ |" in said and "lower where there is a ↓" in said
+    assert said.count("↓") == 2 + len(comparison["shards"])
+
+
+def test_without_a_parent_there_is_no_column_for_it(family):
+    path = family / "eval/comparison.json"
+    comparison = json.loads(path.read_text())
+    for row in comparison["tasks"] + comparison["groups"] + comparison["shards"]:
+        row["pairs"] = []
+    path.write_text(json.dumps(comparison))
+    said = section(written(family), "Evaluation")
+    assert "against" not in said and "paired" not in said and "| task | metric | value ± standard error | items" in said
+
+
+def test_an_error_of_0_is_explained(family):
+    path = family / "eval/comparison.json"
+    comparison = json.loads(path.read_text())
+    assert "An error of 0" not in section(written(family), "Evaluation")
+    comparison["tasks"][0]["scores"]["grpo"] |= {"value": 1.0, "stderr": 0.0}
+    path.write_text(json.dumps(comparison))
+    assert "An error of 0 means that all items came out the same" in section(written(family), "Evaluation")
+
+
+def test_compute_of_an_adapter_is_not_that_of_all_weights(family):
+    recipe = family / "pretrain/recipe.yaml"
+    row = lambda: next(x for x in written(family).splitlines() if x.startswith("| pretrain |")).split(" | ")  # noqa: E731
+    assert "e+" in row()[4]
+    recipe.write_text(recipe.read_text() + "use_peft: true\n")
+    assert row()[4] == "unknown"
+
+
+def test_a_reward_model_scores_and_does_not_answer(family):
+    config = family / "grpo/model/config.json"
+    architectures = {"architectures": ["LlmkitForSequenceClassification"]}
+    config.write_text(json.dumps(json.loads(config.read_text()) | architectures))
+    text = written(family)
+    assert "It scores the last answer of a chat" in text and "expect scores without meaning" in text
+    assert "It answers in a chat" not in text and "conversational" not in data_of(text)["tags"]
+
+
+def test_what_was_made_of_a_model_keeps_its_lineage_and_trained_on_nothing(family, weights):
+    """The card of an export said that no run was known, and asked for its licence."""
+    plain = family.parent / "plain"
+    shutil.copytree(weights, plain)
+    result = Result(
+        "export", "ok", str(plain), str(family / "sft/model"), 1.0, 1.0, 0, {}, {"max_logit_difference": 0.0}
+    )
+    write_derived(plain, result, json.loads((family / "sft/manifest.json").read_text()))
+    (family / "sft/published.json").write_text(json.dumps({"ann/sft": {"license": "mit", "finished": True}}))
+    push.main(PushConfig(model_name_or_path=str(plain), hub_model_id="ann/p", output_dir=str(plain.parent / "out")))
+    text = (plain.parent / "out/README.md").read_text()
+    assert data_of(text)["license"] == "mit" and data_of(text)["base_model"] == "ann/sft"
+    assert "base_model_relation" not in data_of(text)  # the very weights: no finetune, nor quantised
+    (family / "sft/published.json").rename(family / "pretrain/published.json")  # a stage lies between
+    push.main(PushConfig(model_name_or_path=str(plain), hub_model_id="ann/p", output_dir=str(plain.parent / "o")))
+    assert data_of((plain.parent / "o/README.md").read_text())["base_model_relation"] == "finetune"
+    assert "→ sft (sft) → plain (export)." in text and "converted with llmkit from [ann/sft]" in text
+    assert "| plain |" not in text and "plain: from" not in text and "not compared with its parent" not in text
+
+
 def test_how_it_was_made_names_every_stage(family):
     said = section(written(family), "How it was made")
     assert "Lineage: new weights → pretrain (pretrain) → sft (sft) → dpo (dpo) → grpo (grpo)." in said
@@ -160,7 +229,7 @@ def test_paths_are_shortened_and_addresses_are_not():
 
 def test_it_is_loaded_in_three_ways(family):
     said = section(written(family), "How to load it")
-    assert '--apply_chat_template --prompt "..."' in said
+    assert '--apply_chat_template --prompt "Hello"' in said
     assert 'from_pretrained("ann/toy", trust_remote_code=True)' in said
     assert (
         "llmkit generate --model_name_or_path ann/toy" in said and "llmkit export --model_name_or_path ann/toy" in said
@@ -172,7 +241,7 @@ def test_the_ways_of_variants_and_other_kinds(family, tmp_path):
     gguf.mkdir()
     (gguf / "toy.gguf").write_bytes(b"GGUF")
     text = written(family, variants=[str(gguf)])
-    assert "The folder `q8` holds the same as GGUF." in text and "llama-cli -m model/q8/*.gguf" in text
+    assert "The folder `q8` holds it as GGUF." in text and "llama-cli -m model/q8/toy.gguf" in text
     push.main(
         PushConfig(
             model_name_or_path=str(gguf), hub_model_id="ann/g", license="mit", base_model="ann/toy",
@@ -249,9 +318,54 @@ def test_a_push_that_was_cut_makes_no_parent(tmp_path):
     assert found(run(tmp_path / "sft", base), given="mit")[0].hub_id is None
 
 
+def test_an_adapter_of_a_run_is_no_parent_of_the_next(tmp_path):
+    """The same run was pushed merged, then as an adapter: the next stage began with the merged weights."""
+    both = run(tmp_path / "both")
+    records = {"ann/merged": {"finished": True, "kind": "model"}, "ann/lora": {"finished": True, "kind": "adapter"}}
+    (both / "published.json").write_text(json.dumps(records))
+    assert found(run(tmp_path / "dpo", both), given="mit")[0].hub_id == "ann/merged"
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_parent_is_looked_for_where_its_run_was_started(is_there, tmp_path, monkeypatch):
+    """From another folder, runs/base was taken for a repository of somebody called runs."""
+    project = tmp_path / "project"
+    base = run(project / "runs/base", license="mit", hub_id="ann/base")
+    child = run(project / "runs/sft", "runs/base")
+    (child / "recipe.yaml").write_text("output_dir: runs/sft\n")
+    run(tmp_path / "elsewhere/runs/base", hub_id="bob/base")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    if not is_there:
+        shutil.rmtree(base)
+        shutil.rmtree(tmp_path / "elsewhere/runs")
+    assert found(child, given="mit")[0].hub_id == ("ann/base" if is_there else None)
+
+
+def test_an_adapter_beside_its_base_names_this_repository(family, tmp_path, weights):
+    """It named the parent of the base: loaded, and wrong."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    record = {"ann/before": {"license": "mit", "finished": True}}
+    (family / "sft/published.json").write_text(json.dumps(record))
+    lora = run(family / "lora", family / "dpo") / "adapter"
+    lora.mkdir()
+    (lora / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(family / "dpo/model")}))
+    save_file({"w": np.ones(3)}, lora / "adapter_model.safetensors")
+    config = PushConfig(model_name_or_path=str(family / "dpo"), hub_model_id="ann/toy", variants=[str(lora)])
+    parent = find_parent(*ancestors(family / "dpo"), None)
+    items, _ = push._items(config, family / "dpo/model", "model", parent, print)
+    (item,) = [item for item in items if item.path == "lora/adapter_config.json"]
+    assert parent.hub_id == "ann/before" and json.loads(item.read())["base_model_name_or_path"] == "ann/toy"
+    other = PushConfig(model_name_or_path=str(family / "grpo"), hub_model_id="ann/toy", variants=[str(lora)])
+    line = refusal(push._items, other, family / "grpo/model", "model", parent, print)  # dpo itself is not on the Hub
+    assert "lora/adapter_config.json" in line and "push that model first" in line
+
+
 def test_an_unknown_licence_is_refused_and_a_contradiction_is_said(tmp_path):
     base = run(tmp_path / "base")
-    assert "license is unknown" in refusal(found, run(tmp_path / "x", base))
+    assert "neither the run nor its parents state one" in refusal(found, run(tmp_path / "x", base))
+    assert "qwen/q states none, or the Hub is not in reach" in refusal(found, run(tmp_path / "q", "qwen/q"))
     assert "allowed: an identifier of the Hub" in refusal(found, base, given="my-own")
     llama = run(tmp_path / "llama", license="llama3.1")
     licence, _, warning = found(run(tmp_path / "y", llama), given="mit")[1]

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from llmkit import cli
 from llmkit.data.tokenizer import train_char
 from llmkit.deploy import gguf_export, gguf_file
+from llmkit.evaluate.columns import fingerprint, lineage
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
@@ -60,6 +61,23 @@ def test_a_folder_keeps_logits_template_and_ends(to, options, tmp_path, capsys):
     assert plain.config.model_type == to and torch.equal(logits_of(model, ids), logits_of(plain, ids))
     assert plain.generation_config.eos_token_id == [4, 1]
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == bpe().chat_template
+
+
+def test_an_export_knows_what_it_was_made_of(tmp_path):
+    """And its hash is that of what answers, not of when it was written."""
+    chat_model(tmp_path / "run/model")
+    told = {"stage": "sft", "documents_open_with_bos": True, "chat_template": "abc", "parent": "x"}
+    (tmp_path / "run/manifest.json").write_text(json.dumps(told))
+    hashes = set()
+    for name in ("a", "b"):
+        assert export(tmp_path / "run", tmp_path / name, "qwen3") == 0
+        manifest = json.loads((tmp_path / name / "manifest.json").read_text())
+        assert {key: manifest.get(key) for key in told} == told | {
+            "stage": "export", "parent": str(tmp_path / "run/model"),
+        }  # fmt: skip
+        assert [path.name for path in lineage(tmp_path / name)] == [name, "run"]
+        hashes.add(fingerprint(tmp_path / name))
+    assert len(hashes) == 1
 
 
 @pytest.mark.medium

@@ -2,13 +2,16 @@
 
 import ast
 import json
+import math
+import re
 
 import pytest
 from helpers import tiny_model
-from tiny import bpe_tokenizer, llama
+from tiny import bpe_tokenizer, llama, sentencepiece_tokenizer
 
 from llmkit import cli
 from llmkit.deploy import generate
+from llmkit.model.modeling_llmkit import LlmkitForSequenceClassification
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,58 @@ def test_a_terminal_gets_colours_and_a_legend(run, monkeypatch):
     assert "\x1b[3" in out and "probability of each token: green from 0.9" in err
 
 
+@pytest.mark.parametrize("setting", [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_a_terminal_without_colours_gets_the_table(run, monkeypatch, setting):
+    """It was shown bare text, and a legend of colours that were not there."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv(*setting)
+    _, out, err = run("ours", "--prompt", "The", "--temperature", "0", "--max_new_tokens", "3", "--show_probs")
+    assert len(out.splitlines()) == 4 and "\x1b" not in out and "green" not in err
+
+
+TEXT = " red cat é 日本語 😀😀\tone\n  two"
+
+
+@pytest.mark.parametrize("make", [bpe_tokenizer, sentencepiece_tokenizer])
+@pytest.mark.parametrize("is_coloured", [False, True])
+def test_what_is_streamed_is_the_text_in_whole_characters(make, is_coloured, capsys, monkeypatch):
+    """SentencePiece drops the space of what it decodes alone, and rich made spaces of tabs."""
+    monkeypatch.setenv("FORCE_COLOR", "1" * is_coloured)
+    tokenizer = make()
+    prompt, ids = (tokenizer(text)["input_ids"] for text in ("old one", f"old one{TEXT}"))
+    assert ids[: len(prompt)] == prompt
+    screen, pieces = generate._Screen(tokenizer, is_coloured, prompt), []
+    for token in [*ids[len(prompt) :], tokenizer.eos_token_id]:
+        screen.tell(token, -0.1)
+        pieces.append(re.sub(r"\x1b\[\d*m", "", capsys.readouterr().out))
+    assert "".join(pieces) == TEXT and not any("\ufffd" in piece for piece in pieces)
+    assert pieces[0] == " red" and sum(map(bool, pieces)) > 12  # as they come
+    screen.end()
+    assert capsys.readouterr().out == "\n"
+
+
+def test_half_a_character_is_shown_at_the_end_and_does_not_hold_the_rest_up(capsys):
+    tokenizer = bpe_tokenizer()
+    screen, half = generate._Screen(tokenizer, False, []), tokenizer("😀")["input_ids"][0]
+    for _ in range(generate.PATIENCE + 1):
+        screen.tell(half, None)
+    assert set(capsys.readouterr().out) == {"\ufffd"}
+    for token in [*tokenizer("old")["input_ids"], half]:
+        screen.tell(token, None)
+    screen.end()
+    assert capsys.readouterr().out == "old\ufffd\n"
+
+
+def test_a_character_of_several_tokens_has_the_product_of_their_probabilities(capsys, monkeypatch):
+    """It had the colour of its last byte, which is nearly certain once the others are there."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    tokenizer = bpe_tokenizer()
+    screen = generate._Screen(tokenizer, True, [])
+    for token, prob in zip(tokenizer("é")["input_ids"], (0.6, 0.7), strict=True):
+        screen.tell(token, math.log(prob))
+    assert capsys.readouterr().out == "\x1b[33mé\x1b[0m"  # yellow: 0.42
+
+
 @pytest.mark.parametrize("name", ["chat", "llama"])
 def test_a_file_of_prompts_becomes_a_file_of_continuations(run, tmp_path, name):
     rows = [{"prompt": "The red cat"}, {"messages": [{"role": "user", "content": "Hi"}]}, {"prompt": "old " * 40}]
@@ -122,6 +177,22 @@ def test_lines_of_text_are_prompts_and_go_to_the_console(run, tmp_path):
     assert "2 prompts, 6 tokens" in err and "ended: 2 max_new_tokens" in err
 
 
+def test_files_of_other_systems_are_read_as_they_are_meant(run, tmp_path):
+    """The mark that Windows opens a file with became part of the first prompt."""
+    (tmp_path / "in.txt").write_bytes("\ufeffThe red\r\n\r\na\u2028b\r\n".encode())
+    (tmp_path / "in.JSONL").write_bytes(b'\xef\xbb\xbf{"prompt": "The red"}\r\n{"prompt": "a\xe2\x80\xa8b"}\r\n')
+    for name in ("in.txt", "in.JSONL"):
+        out = run("ours", "--prompts_file", name, "--temperature", "0", "--max_new_tokens", "3")[1]
+        assert [json.loads(line)["prompt"] for line in out.split("\n")[:-1]] == ["The red", "a\u2028b"]
+
+
+def test_a_continuation_keeps_its_first_space():
+    tokenizer = sentencepiece_tokenizer()
+    prompt, ids = (tokenizer(text)["input_ids"] for text in ("old one", "old one red cat"))
+    written = generate.Continuation(ids[len(prompt) :], None, "context")
+    assert generate._row(tokenizer, generate.Prompt("old one", prompt), written)["text"] == " red cat"
+
+
 def test_a_penalty_counts_no_padding(run, tmp_path):
     """Padding of a batch would be penalised as if it had been said."""
     (tmp_path / "in.txt").write_text("The red cat runs\nold\n")
@@ -134,6 +205,14 @@ def test_a_penalty_counts_no_padding(run, tmp_path):
 def test_a_foreign_prompt_opens_as_its_tokenizer_opens_texts(folders):
     assert not generate.opens_with_bos(str(folders / "llama"), bpe_tokenizer())
     assert generate.opens_with_bos(str(folders / "llama"), bpe_tokenizer(bos=True))
+
+
+def test_a_prompt_opens_as_the_model_was_trained():
+    tokenizer, config = bpe_tokenizer(bos=True), generate.GenerateConfig("m")
+    ids = tokenizer("The red", add_special_tokens=False)["input_ids"]
+    assert generate._encode(config, tokenizer, True, "The red").ids == [1, *ids]
+    assert generate._encode(config, tokenizer, False, "The red").ids == ids
+    assert generate._encode(config, tokenizer, False, "").ids == [1]  # something has to be there
 
 
 def test_a_prompt_that_fills_the_context_to_the_last_token_is_too_long(run):
@@ -161,6 +240,10 @@ REFUSED = [
     (["--prompt", "x", "--prompts_file", "in.txt"], "prompt='x' has no effect with prompts_file"),
     (["--system_instruction", "x"], "system_instruction='x' has no effect without apply_chat_template"),
     (["--prompts_file", "in.txt", "--output_file", "in.txt"], "output_file='in.txt': exists already"),
+    (["--prompts_file", "in.txt", "--output_file", "no/out.jsonl"], "'no/out.jsonl': its folder does not exist"),
+    (["--prompts_file", "in.json"], "prompts_file='in.json': its name ends in .json; allowed: .txt, .jsonl"),
+    (["--temperature", "1e-42"], "allowed: 0 (greedy), or 0.000001 or more"),
+    (["--seed", str(2**64)], "seed=18446744073709551616; allowed: 0 to 2^63 - 1"),
     (["--prompts_file", "gone.txt"], "prompts_file='gone.txt': cannot be read"),
     (["--prompts_file", "empty.txt"], "prompts_file='empty.txt': holds no prompt"),
     (["--prompts_file", "bad.jsonl"], "bad.jsonl line 2: '{\"text\": 3}'; a line is {prompt: text}"),
@@ -185,6 +268,16 @@ def test_what_cannot_be_is_refused_in_one_line(run, tmp_path, flags, expected):
 def test_the_lean_decoder_is_refused_for_others_with_the_reason(run):
     code, _, err = run("llama", "--decoder", "lean")
     assert code == 2 and "decoder=lean: cannot decode this model, it is a LlamaForCausalLM, not our own" in err
+
+
+def test_a_reward_model_writes_nothing(run, folders):
+    """transformers draws the head that is not there, and the model wrote nonsense with exit code 0."""
+    config = tiny_model(vocab_size=424).config
+    LlmkitForSequenceClassification(config).save_pretrained(folders / "reward")
+    bpe_tokenizer().save_pretrained(folders / "reward")
+    code, out, err = run("reward", "--prompt", "The")
+    assert code == 2 and out == ""
+    assert "holds no weights for lm_head.weight; allowed: models that continue text" in err
 
 
 def test_a_folder_without_a_model_is_refused(run, folders):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from deploy.fake_hub import CUT, LOST, READ_TOKEN, SLOW, TOKEN, WRONG_BYTES, FakeHub
+from deploy.fake_hub import CUT, LOST, READ_TOKEN, SLOW, TOKEN, WRONG_BYTES, Blob, FakeHub
 from example_runs import write_run
 from helpers import tiny_model
 from huggingface_hub import close_session, constants
@@ -44,6 +44,8 @@ def fake(monkeypatch, tmp_path):
     """The Hub of this process is the fake one; waits are left out."""
     with FakeHub() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        where = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", where)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
@@ -225,7 +227,7 @@ def test_what_cannot_be_taken_back_is_said_and_a_rerun_goes_on(ready, fake):
     real = calls.remove
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(calls, "remove", lambda *args: (fake.fail("commit", 500, 2), real(*args)))
-        assert "could not be deleted again" in refusal(push.main, ready())
+        assert "could not be taken back" in refusal(push.main, ready())
     assert fake.repos[NAME].private and fake.repos[NAME].files
     fake.large.clear()
     push.main(ready())
@@ -243,6 +245,32 @@ def test_without_a_token_that_may_write_one_line_says_so(token, said, ready, fak
 
 def test_the_name_of_another_is_refused(ready, fake):
     assert "no write access to 'bob' (403)" in refusal(push.main, ready(hub_model_id="bob/toy"))
+
+
+def test_a_token_that_the_hub_repeats_is_not_shown(ready, fake, monkeypatch):
+    """Neither one's own, of whatever form, nor any that looks like one."""
+    other = "hf_" + "o" * 34
+    monkeypatch.setenv("HF_TOKEN", "secret-of-mine")
+    said = calls.hide(f"bad token secret-of-mine, nor {other}\nhere")
+    assert said == "bad token hf_***, nor hf_*** here"
+
+
+def test_what_must_not_go_makes_no_repository(ready, fake, tmp_path):
+    config = tmp_path / "pretrain/model/tokenizer_config.json"
+    config.write_text('{"name_or_path": "/home/ann/tok"}')
+    assert "name_or_path holds '/home/ann'" in refusal(push.main, ready()) and fake.calls == []
+
+
+def test_a_card_that_does_not_validate_is_not_sent(ready, fake, monkeypatch):
+    monkeypatch.setattr("llmkit.deploy.card.write", lambda known: "no metadata")
+    assert "has no metadata" in refusal(push.main, ready()) and fake.repos[NAME].files == {}
+
+
+def test_a_time_out_is_not_waited_for_twice(ready, fake, monkeypatch):
+    monkeypatch.setattr(calls, "TIMEOUT_S", 0.3)
+    fake.fail("commit", SLOW, 9)
+    refusal(push.main, ready())
+    assert fake.count()["commit"] == 1
 
 
 def test_offline_is_said_to_be_offline(ready, fake, monkeypatch):
@@ -267,6 +295,19 @@ def test_a_name_that_is_taken_is_refused_until_asked_to_update(ready, fake, caps
     push.main(ready(update=True))
     assert sorted(repo.files) == sorted([*SENT, "notes.txt"]) and repo.files["notes.txt"].content == b"keep"
     assert "untouched 1 that this push does not hold: notes.txt" in capsys.readouterr().out
+
+
+def test_other_weights_of_the_same_size_are_not_the_same(ready, fake, tmp_path):
+    push.main(ready())
+    weights = tmp_path / "pretrain/model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert "is taken" in refusal(push.main, ready()) and len(fake.repos[NAME].commits) == 2
+
+
+def test_an_update_makes_nothing_public_that_was_private(ready, fake, capsys):
+    push.main(ready())
+    push.main(ready(update=True, hub_private_repo=False))
+    assert fake.repos[NAME].private and "was private before and stays so" in capsys.readouterr().out
 
 
 def test_an_update_deletes_what_an_earlier_push_put_there(ready, fake, tmp_path, capsys):
@@ -297,18 +338,60 @@ def test_a_public_repository_gets_nothing_private(ready, fake):
     assert "is there and public, and hub_private_repo=true" in refusal(push.main, ready())
 
 
-def test_an_update_that_arrives_wrong_names_the_version_before(ready, fake):
-    repo = fake.fill(NAME, {"config.json": b"{}", "notes.txt": b"keep"})
-    before = repo.head
+def test_an_update_that_arrives_wrong_leaves_what_was_there_before(ready, fake, tmp_path):
+    """Others load it meanwhile: once its weights were deleted, and the new files beside them stayed."""
+    push.main(ready())
+    before = fake.repos[NAME].files
+    weights = tmp_path / "pretrain/model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    (tmp_path / "pretrain/model/chat_template.jinja").write_text("{{ messages }}")
     fake.fail("put", WRONG_BYTES)
+    assert "what was there before is back" in refusal(push.main, ready(update=True))
+    assert fake.repos[NAME].files == before
+    fake.large.clear()
+    push.main(ready(update=True))
+    assert fake.repos[NAME].files["model.safetensors"].content == weights.read_bytes()
+
+
+def test_an_update_that_cannot_be_taken_back_names_the_version_before(ready, fake, monkeypatch):
+    before = fake.fill(NAME, {"config.json": b"{}", "notes.txt": b"keep"}).head
+    fake.fail("put", WRONG_BYTES)
+    fake.fail("paths", 500, 9)
     line = refusal(push.main, ready(update=True))
-    assert f"revision={before[:12]}" in line and "notes.txt" in repo.files
-    assert "model.safetensors" not in repo.files or "tokenizer.json" not in repo.files
+    assert "could not be taken back" in line and f"revision={before[:12]}" in line
+
+
+def test_what_others_put_beside_a_push_that_was_cut_is_theirs(ready, fake):
+    fake.fail("commit", 500, 9)
+    refusal(push.main, ready())
+    fake.faults.clear()
+    repo = fake.repos[NAME]
+    repo.commit({**repo.commits[-1][1], "notes.txt": Blob(b"keep")})
+    push.main(ready())
+    assert sorted(repo.files) == sorted([*SENT, "notes.txt"])
 
 
 def test_somebody_who_commits_meanwhile_is_not_overwritten(ready, fake):
     fake.on_commit = lambda: setattr(fake, "on_commit", lambda: None) or fake.repos[NAME].commit({})
     assert "somebody else changed" in refusal(push.main, ready())
+
+
+def test_a_run_of_overfit_is_not_pushed(ready, tmp_path):
+    """The card would show its rows, learnt by heart, as 100 % right."""
+    path = tmp_path / "pretrain/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"overfit": 5}))
+    assert "never pushed" in refusal(push.main, ready(dry_run=True))
+
+
+def test_a_home_is_spelled_with_a_tilde_too(ready, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    push.main(ready(model_name_or_path="~/pretrain", output_dir="~/told", dry_run=True))
+    assert (tmp_path / "told/README.md").is_file()
+
+
+def test_a_file_where_the_card_should_go_is_one_line(ready, tmp_path):
+    (tmp_path / "taken").write_text("")
+    assert "cannot be written" in refusal(push.main, ready(output_dir=str(tmp_path / "taken"), dry_run=True))
 
 
 # the whole way, from the command line
@@ -383,6 +466,8 @@ def trained(monkeypatch, ready, tmp_path):
 
     def train(verb, words, settings):
         seen["ran"] = True
+        if seen.get("code"):
+            return seen["code"]
         (tmp_path / "pretrain").rename(tmp_path / "run")
         result = tmp_path / "run/result.json"
         result.write_text(json.dumps(json.loads(result.read_text()) | {"status": seen["status"]}))
@@ -413,12 +498,20 @@ def test_what_could_not_be_pushed_stops_before_step_1(more, said, trained, fake)
 
 def test_a_taken_name_stops_before_step_1(trained, fake):
     fake.fill(NAME, {"config.json": b"{}"})
-    assert "is taken" in refusal(trained["call"]) and "ran" not in trained
+    line = refusal(trained["call"])  # --update is no key of a training verb
+    assert "is taken" in line and "or push after the run: llmkit push --update true" in line and "ran" not in trained
 
 
-def test_a_rank_of_a_relaunch_neither_asks_nor_pushes(trained, fake, monkeypatch):
-    monkeypatch.setenv("LLMKIT_LAUNCHED", "1")
+@pytest.mark.parametrize("name", ["LLMKIT_LAUNCHED", "RANK"])
+def test_a_rank_of_a_launch_neither_asks_nor_pushes(name, trained, fake, monkeypatch):
+    monkeypatch.setenv(name, "1")
     assert trained["call"]() == 0 and fake.calls == []
+
+
+def test_a_verb_that_failed_pushes_nothing(trained, fake, capsys):
+    trained["code"] = 1
+    assert trained["call"]() == 1
+    assert "commit" not in fake.calls and "not done" not in capsys.readouterr().out
 
 
 def test_a_stopped_run_is_not_pushed_and_that_is_said(trained, fake, capsys):
@@ -430,13 +523,13 @@ def test_a_stopped_run_is_not_pushed_and_that_is_said(trained, fake, capsys):
 
 def test_a_push_that_fails_keeps_the_run_and_names_the_command(trained, fake, tmp_path):
     fake.fail("commit", 500, 9)
-    line = refusal(trained["call"])
+    line = refusal(lambda: trained["call"](hub_private_repo="false"))
     assert "a fault of its own (500)" in line and "again: llmkit push --model_name_or_path" in line
     words = line.split("again: llmkit push ")[1].split()
     assert (tmp_path / "run/model/config.json").exists()
     fake.faults.clear()
     push.main(configs.load(PushConfig, [*words, "--output_dir", str(tmp_path / "out")], "push"))
-    assert sorted(fake.repos[NAME].files) == SENT
+    assert sorted(fake.repos[NAME].files) == SENT and not fake.repos[NAME].private
 
 
 @pytest.mark.parametrize("key, value", [("hub_model_id", "ann/x"), ("hub_private_repo", "false"), ("license", "mit")])

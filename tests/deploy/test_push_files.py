@@ -50,7 +50,7 @@ def refusal(call, *args) -> str:
 def test_of_a_model_folder_only_what_is_on_the_list_goes(tmp_path):
     folder = model(
         tmp_path / "m", generation_config__json="{}", chat_template__jinja="x", tokenizer__json="{}",
-        metrics__jsonl="{}", feedback__jsonl="{}", training_args__bin="x", optimizer__pt="x", notes__txt="x",
+        metrics__jsonl="{}", feedback__jsonl="{}", training_args__bin="x", optimizer__safetensors="x", notes__txt="x",
         README__md="x", run__log="x", setup__py="x",
     )  # fmt: skip
     (folder / ".env").write_text("secret")
@@ -62,7 +62,8 @@ def test_of_a_model_folder_only_what_is_on_the_list_goes(tmp_path):
         "model.safetensors", "tokenizer.json",
     ]  # fmt: skip
     assert stays == [
-        ".env", ".git/config", "README.md", "feedback.jsonl", "metrics.jsonl", "notes.txt", "optimizer.pt", "run.log",
+        ".env", ".git/config", "README.md", "feedback.jsonl", "metrics.jsonl", "notes.txt", "optimizer.safetensors",
+        "run.log",
         "setup.py", "training_args.bin",
     ]  # fmt: skip
 
@@ -80,7 +81,7 @@ def test_code_goes_where_auto_map_names_it_and_what_it_imports_from_beside(tmp_p
 
 def test_a_run_folder_stands_for_its_model_and_exports_and_adapters_are_known(tmp_path):
     model(tmp_path / "run/model")
-    put(tmp_path / "gguf", model__gguf="x", Modelfile="FROM ./model.gguf", notes__txt="")
+    put(tmp_path / "gguf", model__gguf="x", Modelfile="FROM ./model.gguf", notes__txt="", __half__gguf="x")
     adapter(tmp_path / "lora/adapter", "ann/base")
     assert find_kind(str(tmp_path / "run")) == (tmp_path / "run/model", "model")
     assert find_kind(str(tmp_path / "lora")) == (tmp_path / "lora/adapter", "adapter")
@@ -128,6 +129,7 @@ def test_a_base_on_this_machine_becomes_its_hub_id_or_is_refused(tmp_path, monke
         changed, said = without_local_paths(items, "ann/base")
         assert json.loads(changed[0].read()) == {"base_model_name_or_path": "ann/base", "r": 8} and len(said) == 1
         assert changed[0].size == len(changed[0].read())
+    assert "names no base" in refusal(without_local_paths, collect(adapter(tmp_path / "lora", ""), "adapter")[0], None)
     items, _ = collect(adapter(tmp_path / "lora", "qwen/Qwen3-0.6B"), "adapter")
     assert without_local_paths(items, "ann/base") == (items, [])
     items, _ = collect(model(tmp_path / "m", json.dumps({"_name_or_path": str(tmp_path)})), "model")
@@ -139,7 +141,7 @@ def test_a_base_on_this_machine_becomes_its_hub_id_or_is_refused(tmp_path, monke
     "text",
     [
         "/home/ann/x", "see /tmp/a.txt", "C:\\Users\\ann", "/root/model", str(Path.home() / "x"), tempfile.gettempdir(),
-        f"'{os.getcwd()}/runs'", FAKE_TOKEN,
+        f"'{os.getcwd()}/runs'", FAKE_TOKEN, "file:///home/ann/x", "node1:/home/ann/x",
     ],
 )  # fmt: skip
 def test_paths_of_a_machine_and_tokens_are_seen(text):
@@ -170,7 +172,9 @@ def test_what_only_looks_like_one_is_spared(text):
         ("tokenizer_config.json", '{"name_or_path": "/tmp/tok"}', "name_or_path"),
         ("chat_template.jinja", "{# ok #}\n{# /home/ann/t.jinja #}", "line 2"),
         ("tokenizer_config.json", f'{{"token": "{FAKE_TOKEN}"}}', "token"),
+        ("tokenizer_config.json", '{"name_or_path": "/data/models/m"}', "name_or_path"),
         ("generation_config.json", "{", "is no JSON"),
+        ("tokenizer_config.json", '["x"]', "holds a list"),
     ],
 )
 def test_what_would_tell_something_is_refused_by_file_and_key(file, text, where, tmp_path):
@@ -178,6 +182,14 @@ def test_what_would_tell_something_is_refused_by_file_and_key(file, text, where,
     (folder / file).write_text(text)
     line = refusal(check_private, collect(folder, "model")[0])
     assert line.startswith(f"{file}: ") and where in line and FAKE_TOKEN not in line
+
+
+@pytest.mark.parametrize("text, said", [("{", "is no JSON"), ("[1]", "holds a list"), ('{"a": "\xe9"}', "is no JSON")])
+def test_a_config_that_is_broken_is_one_line(text, said, tmp_path):
+    folder = model(tmp_path / "m")
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    line = refusal(without_local_paths, collect(folder, "model")[0], None)
+    assert line.startswith("config.json: ") and said in line and "\n" not in line
 
 
 def test_headers_of_weights_are_looked_at_too(tmp_path):

@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 import torch
 from helpers import tiny_model
-from tiny import bpe_tokenizer, llama
+from peft import LoraConfig, get_peft_model
+from tiny import bpe_tokenizer, llama, sentencepiece_tokenizer
+from transformers import GenerationConfig
 
 from llmkit.deploy.decode import LeanDecoder
 from llmkit.deploy.sampling import Settings, settings_for, stops_here, write, write_batch
@@ -103,6 +105,39 @@ def test_a_stop_string_counts_only_where_it_ends_in_the_last_token():
     assert stops_here(TOKENIZER, cat + red + cat, ["cat"])  # twice
     assert stops_here(TOKENIZER, [*red, 4], ["<|im_end|>"])
     assert not stops_here(TOKENIZER, red + cat, [])
+
+
+@pytest.mark.parametrize("stop", ["é", "a😀", "日本"])
+def test_a_stop_string_may_end_in_a_character_of_several_tokens(stop):
+    """Its first bytes decode to one character already, so that the whole one seemed to be nothing new."""
+    ids = TOKENIZER(f"The {stop} red")["input_ids"]
+    found = [i for i in range(len(ids)) if stops_here(TOKENIZER, ids[: i + 1], [stop])]
+    assert found[0] == len(TOKENIZER(f"The {stop}")["input_ids"]) - 1
+
+
+def test_a_stop_string_may_open_with_a_space_that_sentencepiece_drops():
+    tokenizer = sentencepiece_tokenizer()
+    ids = tokenizer("one cat")["input_ids"]
+    assert tokenizer.decode(ids[-1:]) == "cat" and stops_here(tokenizer, ids, [" "])
+
+
+def test_what_a_models_own_generation_config_asks_for_does_not_count():
+    """A model from the Hub brings penalties and filters; the lean decoder never followed them, `generate` did."""
+    model = model_of()
+    own = GenerationConfig(
+        do_sample=True, top_k=3, min_p=0.3, repetition_penalty=1.5, no_repeat_ngram_size=2, suppress_tokens=[5, 6, 7]
+    )
+    for how in (WAYS["sampled"], WAYS["greedy"]):
+        settings = dataclasses.replace(SETTINGS, **how)
+        model.generation_config = GenerationConfig()
+        torch.manual_seed(1)
+        expected = write_batch(model, TOKENIZER, [PROMPT], settings)[0].ids
+        model.generation_config = own
+        torch.manual_seed(1)
+        assert write_batch(model, TOKENIZER, [PROMPT], settings)[0].ids == expected
+        assert model.generation_config is own
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear"))  # of zeros; asks its base for settings
+    assert write_batch(adapted, TOKENIZER, [PROMPT], settings)[0].ids == expected
 
 
 @pytest.mark.parametrize("model", [model_of(), llama()], ids=["ours", "llama"])
