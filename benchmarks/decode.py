@@ -11,6 +11,8 @@ Leaves out batches, sampling and loading.
 import argparse
 import contextlib
 import importlib.util
+import io
+import multiprocessing
 import os
 import statistics
 import sys
@@ -84,28 +86,36 @@ def ways(folder: Path, context: int, threads: int) -> Iterator[tuple[dict[str, W
 
 
 def by_llama_cpp(folder: Path, context: int, threads: int, stack: contextlib.ExitStack) -> Way:
-    import llama_cpp
-
+    """In a process of its own: closed in one in which `generate` has run, llama-cpp-python 0.3.36 crashes."""
     from llmkit.deploy.export import main as export
     from llmkit.verbs import ExportConfig
 
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(io.StringIO()):
         export(ExportConfig(str(folder), to="gguf", output_dir=str(folder / "gguf"), outtype="f32"))
     file = next((folder / "gguf").glob("*.gguf"))
-    llama = llama_cpp.Llama(str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
-    stack.callback(llama.close)
+    spawn = multiprocessing.get_context("spawn")
+    pool = stack.enter_context(spawn.Pool(1, _open_llama, (str(file), context, threads)))
+    return lambda ids, count: pool.apply(_llama_greedy, (ids, count))
 
-    def run(ids: list[int], count: int) -> list[int]:
-        llama.reset()
-        llama.eval(ids)
-        new: list[int] = []
-        while len(new) < count:
-            new.append(int(llama.scores[llama.n_tokens - 1].argmax()))
-            if len(new) < count:
-                llama.eval(new[-1:])
-        return new
 
-    return run
+def _open_llama(file: str, context: int, threads: int) -> None:
+    import llama_cpp
+
+    global llama
+    llama = llama_cpp.Llama(
+        file, n_ctx=context, n_threads=threads, n_threads_batch=threads, logits_all=True, verbose=False
+    )
+
+
+def _llama_greedy(ids: list[int], count: int) -> list[int]:
+    llama.reset()
+    llama.eval(ids)
+    new: list[int] = []
+    while len(new) < count:
+        new.append(int(llama.scores[llama.n_tokens - 1].argmax()))
+        if len(new) < count:
+            llama.eval(new[-1:])
+    return new
 
 
 def main() -> None:
