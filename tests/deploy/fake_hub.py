@@ -93,6 +93,7 @@ class FakeHub:
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
+            disable_nagle_algorithm = True  # else an answer waits 40 ms for an acknowledgement
             protocol_version = "HTTP/1.1"
 
             def log_message(self, *args) -> None: ...
