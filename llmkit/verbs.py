@@ -325,6 +325,8 @@ class PushConfig:
     variants: list = option([], "folders that go along, each into a folder of its name: quantised, adapters, GGUF")
     # the card
     license: str | None = option(None, "e.g. apache-2.0; null: the parent's")
+    license_name: str | None = option(None, "with license=other: what it is called")
+    license_link: str | None = option(None, "with license=other: address of its text")
     base_model: str | None = option(None, "Hub id of the parent; null: the one that the run came from")
     language: str | list | None = option(None, "of the training text, e.g. en")
     eval_dir: str | None = option(None, "folder of `llmkit eval` with figures; null: `eval` beside the run")

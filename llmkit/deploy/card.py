@@ -123,8 +123,11 @@ def metadata(known: Known) -> Any:
         model_name=known.repo_id.split("/")[1] if results else None,
         eval_results=results or None,
     )
-    if known.base_model and known.relation:
-        data["base_model_relation"] = known.relation
+    optional = {"license_name": known.license_name, "license_link": known.license_link}
+    optional["base_model_relation"] = known.relation if known.base_model else None
+    for key, value in optional.items():
+        if value:
+            data[key] = value
     return data
 
 
@@ -363,7 +366,9 @@ def _limits(known: Known) -> list[str]:
 
 def _licence(known: Known) -> list[str]:
     of = f" That of its parent, {_link(known.base_model)}, may ask for more." if known.base_model else ""
-    return [f"{known.license}.{of}"]
+    name = f"{known.license_name} ({known.license})" if known.license_name else known.license
+    link = f": <{known.license_link}>" if known.license_link else ""
+    return [f"{name}{link}.{of}"]
 
 
 def write(known: Known) -> str:
@@ -398,6 +403,7 @@ def validate(text: str) -> None:
     bases = [bases] if isinstance(bases, str) else bases
     rules = [
         (data.get("license") in LICENCES, "license", "an identifier of the Hub, or other"),
+        (data.get("license") != "other" or bool(data.get("license_name")), "license_name", "the name of license=other"),
         (bool(data.get("pipeline_tag")), "pipeline_tag", "text-generation, text-classification"),
         (all(HUB_ID.fullmatch(str(base)) for base in bases), "base_model", "a Hub id"),
         (data.get("base_model_relation") in (None, "finetune", "adapter", "quantized", "merge"), "base_model_relation",

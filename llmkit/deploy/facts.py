@@ -35,6 +35,8 @@ class Known:
     repo_id: str
     kind: str  # model, adapter, gguf
     license: str
+    license_name: str | None
+    license_link: str | None
     base_model: str | None
     relation: str | None  # to base_model, in the Hub's words
     language: list[str]
@@ -205,6 +207,8 @@ def gather(
         repo_id=repo_id,
         kind=kind,
         license=license,
+        license_name=config.license_name,
+        license_link=config.license_link,
         base_model=parent.hub_id,
         relation=_relation(kind, stored, stages[0]["stage"] if stages else None, parent.is_direct)
         if parent.hub_id

@@ -88,6 +88,11 @@ def _terms(config: PushConfig, folder: Path, kind: str, run: Path | None, say: S
     if kind == "adapter" and not config.base_model and not parent.is_direct:
         parent = licence.Parent(None, parent.folders)  # an adapter fits the very base that it was trained on
     found, whence, warning = licence.find_licence(config.license, parent, run or folder)
+    if found == "other" and not config.license_name:
+        raise UserError(f"license=other ({whence}): the Hub asks what it is called: --license_name NAME")
+    for key in ("license_name", "license_link"):
+        if getattr(config, key) and found != "other":
+            raise UserError(f"{key}={getattr(config, key)!r} has no effect with license={found}; remove it")
     say(f"push      {config.model_name_or_path} -> {config.hub_model_id}")
     say(f"licence   {found} ({whence})")
     if warning:
@@ -248,6 +253,11 @@ def check_access(settings: Any) -> None:
     above, root = licence.ancestors(start)
     parent = licence.find_parent([start, *above] if start else [], root if start else began, None)
     found, whence, warning = licence.find_licence(settings.license, parent, None)
+    if found == "other":
+        raise UserError(
+            f"license=other ({whence}): the Hub asks for its name, which `llmkit push --license_name NAME` takes; "
+            "push after the run"
+        )
     with hub.session(print):
         state = hub.access(settings.hub_model_id)
     if state.files:

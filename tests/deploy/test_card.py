@@ -402,6 +402,19 @@ def test_an_adapter_takes_only_the_very_base_that_it_was_trained_on(tmp_path):
         )
 
 
+def test_a_licence_that_the_hub_does_not_know_has_a_name(family):
+    text = written(family, license="other", license_name="toy-licence", license_link="https://example.org/toy")
+    assert {k: v for k, v in data_of(text).items() if k.startswith("license")} == {
+        "license": "other", "license_name": "toy-licence", "license_link": "https://example.org/toy",
+    }  # fmt: skip
+    assert section(text, "Licence").startswith("\ntoy-licence (other): <https://example.org/toy>.")
+    assert "the Hub asks what it is called: --license_name NAME" in refusal(written, family, license="other")
+    assert "license_name='x' has no effect with license=apache-2.0" in refusal(written, family, license_name="x")
+    assert "license_name=None; allowed: the name of license=other" in refusal(
+        card.validate, text.replace("license_name: toy-licence\n", "")
+    )
+
+
 def test_the_list_of_licences_is_in_the_hubs_spelling():
     assert {"apache-2.0", "mit", "other", "llama3.3", "cc-by-nc-4.0", "gemma"} <= LICENCES
     assert "unknown" not in LICENCES and all(re.fullmatch(r"[a-z0-9.+-]+", licence) for licence in LICENCES)

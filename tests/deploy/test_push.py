@@ -488,6 +488,7 @@ def test_a_recipe_that_asks_for_it_is_pushed_after_the_run(trained, fake):
     [
         ({"hub_model_id": None}, "e.g. ann/toy-sft"),
         ({"license": None}, "license is unknown"),
+        ({"license": "other"}, "license=other (given): the Hub asks for its name"),
         ({"hub_model_id": "bob/toy"}, "no write access"),
         ({"overfit": 5}, "never pushed"),
     ],
