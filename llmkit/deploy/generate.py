@@ -12,6 +12,7 @@ conversations of several turns.
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -229,7 +230,7 @@ def decoded(tokenizer: Any, ids: list[int]) -> str:
 
 
 def _prob(logprob: float | None) -> float:
-    return 0.0 if logprob is None else float(torch.tensor(logprob).exp())
+    return 0.0 if logprob is None else math.exp(logprob)
 
 
 def _summary(count: int, seconds: float, ended: str, settings: Settings) -> str:

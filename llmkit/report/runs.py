@@ -77,7 +77,7 @@ def kind_of(folder: Path) -> str | None:
 def find(words: list[str]) -> tuple[list[Path], list[Path], list[Path]]:
     """Run, corpus and eval folders behind the words, each once; a folder of folders stands for those in it.
 
-    Of those, runs of --overfit are left out: they test the pipeline, and are no stage of a model.
+    Of those, runs of --overfit are left out, which test the pipeline, and exports, which are a stage once more.
 
     Raises UserError for a word that is no folder, or holds nothing to report.
     """
@@ -90,7 +90,7 @@ def find(words: list[str]) -> tuple[list[Path], list[Path], list[Path]]:
         kind = kind_of(folder)
         inside = [] if kind else sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
         those = [(folder, kind)] if kind else [(path, kind) for path in inside if (kind := kind_of(path))]
-        those = [(path, of) for path, of in those if path == folder or not _is_overfit(path)] or those
+        those = [(path, of) for path, of in those if path == folder or not _is_no_stage(path)] or those
         if not those:
             held = ", ".join(path.name for path in inside[:5]) or "no folder"
             raise UserError(
@@ -102,8 +102,9 @@ def find(words: list[str]) -> tuple[list[Path], list[Path], list[Path]]:
     return tuple(list(group.values()) for group in found.values())  # type: ignore[return-value]
 
 
-def _is_overfit(folder: Path) -> bool:
-    return number(read_json(folder / "manifest.json")[0].get("overfit")) is not None
+def _is_no_stage(folder: Path) -> bool:
+    manifest, _ = read_json(folder / "manifest.json")
+    return number(manifest.get("overfit")) is not None or manifest.get("stage") == "export"
 
 
 # one stage

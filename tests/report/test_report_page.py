@@ -617,3 +617,12 @@ def test_a_run_that_learns_by_heart_is_no_stage(tmp_path):
     assert [folder.name for folder in folders] == ["sft"]
     folders, _, _ = runs.find([str(tmp_path / "sft-overfit")])  # named, it is shown
     assert [folder.name for folder in folders] == ["sft-overfit"]
+
+
+def test_an_export_beside_its_run_is_no_stage_of_its_own(tmp_path):
+    """Three exports of the toy models stood in the chain, and were said to be not evaluated."""
+    for name, stage in (("sft", "sft"), ("gguf", "export"), ("merged", "merge")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"stage": stage}))
+    assert [folder.name for folder in runs.find([str(tmp_path)])[0]] == ["merged", "sft"]
+    assert [folder.name for folder in runs.find([str(tmp_path / "gguf")])[0]] == ["gguf"]  # named, it is shown
