@@ -330,7 +330,6 @@ class PushConfig:
     base_model: str | None = option(None, "Hub id of the parent; null: the one that the run came from")
     language: str | list | None = option(None, "of the training text, e.g. en")
     eval_dir: str | None = option(None, "folder of `llmkit eval` with figures; null: `eval` beside the run")
-    trust_remote_code: bool = option(False, "run the code that comes with the model")
 
 
 @dataclasses.dataclass(frozen=True)
