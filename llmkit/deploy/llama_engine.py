@@ -1,6 +1,6 @@
-"""A GGUF in the real llama.cpp, where the package llama_cpp is installed: its ids, logits and greedy text.
+"""A GGUF in the real llama.cpp, where the package llama_cpp is installed: its ids and logits.
 
-Owns the few calls.   with opened(path) as engine: engine.logits(rows); engine.greedy(ids, 64)
+Owns the few calls.   with opened(path) as engine: engine.logits(rows); engine.encode(text, True)
 
 Never required. Quiet, on the CPU, with a float32 cache: the default one, in float16, would round what is compared.
 """
@@ -55,20 +55,6 @@ class Engine:
             self.model.eval(row[0].tolist())
             found.append(np.array(self.model.scores[: row.shape[1]]))
         return torch.from_numpy(np.concatenate(found)).float()
-
-    def greedy(self, ids: list[int], max_new_tokens: int) -> list[int]:
-        """The likeliest continuation of `ids`, up to and without the token that llama.cpp ends at."""
-        self.model.reset()
-        self.model.eval(ids)
-        new: list[int] = []
-        while len(new) < max_new_tokens:
-            best = int(np.argmax(self.model.scores[len(ids) + len(new) - 1]))
-            if self.ends(best):
-                break
-            new.append(best)
-            if len(new) < max_new_tokens:
-                self.model.eval([best])
-        return new
 
 
 @contextlib.contextmanager
